@@ -1,0 +1,82 @@
+"""What every verb needs: exit codes, signals, logging. Knows nothing of how anything is done."""
+
+from __future__ import annotations
+
+import logging
+import os
+import signal
+import sys
+import time
+from collections.abc import Callable
+
+import typer
+from rich.console import Console
+from rich.logging import RichHandler
+
+from pipeline.errors import BusyError, Interrupted, LimitError, PipelineError, StorageError
+from pipeline.stop import Stop
+
+DONE, FAILED, BAD_INPUT, INCOMPLETE, BUSY = 0, 1, 2, 3, 4
+
+console = Console(stderr=True, soft_wrap=True)
+
+
+def exit_code(error: PipelineError) -> int:
+    """The documented exit code of an error; what the user can mend before a run is 2."""
+    if isinstance(error, Interrupted):
+        return 128 + error.signum
+    codes = {BusyError: BUSY, LimitError: INCOMPLETE, StorageError: FAILED}
+    return next((code for kind, code in codes.items() if isinstance(error, kind)), BAD_INPUT)
+
+
+def run_verb(command: Callable[[], object]) -> None:
+    """Run a typer app or command, tell its errors in words, and exit with their code."""
+    try:
+        command()
+    except PipelineError as error:
+        console.print(f"[bold red]error:[/] {_escape(str(error))}", highlight=False)
+        sys.stderr.flush()
+        sys.exit(exit_code(error))
+
+
+def run_module(verb: Callable[..., None], settings: dict[str, object]) -> None:
+    """What `python -m jobs.<verb>` does."""
+    app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
+    app.command(context_settings=settings)(verb)
+    run_verb(app)
+
+
+def stop_on_signals() -> Stop:
+    """A Stop that SIGINT and SIGTERM set."""
+    stop = Stop()
+    for signum in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(signum, stop.request)
+    return stop
+
+
+def set_up_logging(*, verbose: bool) -> None:
+    """Log lines to stderr: rich on a terminal, plain elsewhere."""
+    if console.is_terminal:
+        handler: logging.Handler = RichHandler(console=console, show_path=verbose, show_level=verbose)
+    else:
+        handler = logging.StreamHandler()
+        handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
+    logging.basicConfig(level=logging.WARNING, handlers=[handler], force=True)
+    for package in ("pipeline", "jobs", "cvt_model"):
+        logging.getLogger(package).setLevel(logging.DEBUG if verbose else logging.INFO)
+
+
+def process_started() -> float:
+    """Epoch seconds at which this process began, from the kernel where it tells."""
+    try:
+        with open("/proc/self/stat", encoding="ascii") as file:  # noqa: PTH123
+            ticks = int(file.read().rpartition(")")[2].split()[19])
+        with open("/proc/uptime", encoding="ascii") as file:  # noqa: PTH123
+            uptime = float(file.read().split()[0])
+        return time.time() - (uptime - ticks / os.sysconf("SC_CLK_TCK"))
+    except (OSError, ValueError, IndexError):
+        return time.time()
+
+
+def _escape(text: str) -> str:
+    return text.replace("[", "\\[")

@@ -1,0 +1,51 @@
+"""`cvt-pipeline extract CONFIG.yaml [key.path=value ...]`: the main job."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from jobs.common import (
+    DONE,
+    INCOMPLETE,
+    console,
+    process_started,
+    run_module,
+    set_up_logging,
+    stop_on_signals,
+)
+
+SETTINGS: dict[str, object] = {}
+
+
+def extract(
+    config: Annotated[Path, typer.Argument(help="YAML file; see the README for its keys")],
+    overrides: Annotated[list[str] | None, typer.Argument(help="key.path=value, over the file")] = None,
+    verbose: Annotated[bool, typer.Option("--verbose", "-v", help="show what Ray has to say")] = False,
+) -> None:
+    """Embed every new image of the input and commit the results, shard by shard."""
+    stop = stop_on_signals()
+    set_up_logging(verbose=verbose)
+    from pipeline.config import load_config
+    from pipeline.extract import extract as run_extract
+    from pipeline.progress import ProgressDisplay
+    from pipeline.report import summarize
+
+    with ProgressDisplay(console) as progress:
+        tally = run_extract(
+            load_config(config, overrides or ()),
+            stop=stop,
+            on_progress=progress,
+            started=process_started(),
+            verbose=verbose,
+        )
+    summarize(tally, console)
+    if stop.signum is not None:
+        raise typer.Exit(128 + stop.signum)
+    raise typer.Exit(INCOMPLETE if tally.stopped or tally.failed_shards else DONE)
+
+
+if __name__ == "__main__":
+    run_module(extract, SETTINGS)

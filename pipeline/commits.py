@@ -1,0 +1,147 @@
+"""What is done, and the proof of it.
+
+A shard is done when its commit record exists; the record is created last, create-only, and names the
+files, their rows, sizes and checksums. A record may supersede others (a changed shard); until those are
+cleaned away, readers leave them out by what the newer record says. Knows no Ray.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections import defaultdict
+from collections.abc import Iterable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from functools import cached_property
+
+from pipeline.errors import OutputError
+from pipeline.shards import Shard, name_part, shard_from_json
+from pipeline.storage import STAGING, Storage
+
+COMMITS, EMBEDDINGS, REJECTS = "commits", "embeddings", "rejects"
+_READ_THREADS = 16
+
+
+@dataclass(frozen=True)
+class DataFile:
+    """A committed file: path relative to the output, rows, bytes and SHA-256."""
+
+    path: str
+    num_rows: int
+    size_bytes: int
+    sha256: str
+
+
+@dataclass(frozen=True)
+class Commit:
+    """The record of a finished shard. `num_samples` = `num_rows` + `num_rejects`, always."""
+
+    stem: str
+    shard: Shard
+    fingerprint: str
+    num_samples: int
+    num_rows: int
+    num_rejects: int
+    rejects_by_reason: dict[str, int]
+    embeddings: DataFile
+    rejects: DataFile | None
+    supersedes: tuple[str, ...]
+    run: str
+    committed_at: str
+
+    def to_json(self) -> bytes:
+        return json.dumps(dataclasses.asdict(self), indent=1).encode()
+
+    @classmethod
+    def from_json(cls, data: bytes) -> Commit:
+        values = json.loads(data)
+        rejects = values["rejects"]
+        changed = {
+            "shard": shard_from_json(values["shard"]),
+            "embeddings": DataFile(**values["embeddings"]),
+            "rejects": DataFile(**rejects) if rejects else None,
+            "supersedes": tuple(values["supersedes"]),
+        }
+        return cls(**{**values, **changed})
+
+
+class CommitLog:
+    """The commits of an output, from one listing; records are read only where they are needed."""
+
+    def __init__(self, output: Storage) -> None:
+        self._output = output
+        self._records: dict[str, Commit] = {}
+
+    @cached_property
+    def listed(self) -> frozenset[str]:
+        """Every file stem that has a record, superseded or not."""
+        names = (info.path for info in self._output.find(COMMITS))
+        return frozenset(
+            name.removeprefix(f"{COMMITS}/").removesuffix(".json")
+            for name in names
+            if name.endswith(".json")
+        )
+
+    @cached_property
+    def superseded(self) -> frozenset[str]:
+        """Stems that a newer record replaces. Only shards with several records are looked into."""
+        by_name: dict[str, list[str]] = defaultdict(list)
+        for stem in self.listed:
+            by_name[name_part(stem)].append(stem)
+        several = [stem for stems in by_name.values() if len(stems) > 1 for stem in stems]
+        return frozenset(old for commit in self.read(several) for old in commit.supersedes)
+
+    @property
+    def live(self) -> frozenset[str]:
+        """The stems whose rows are the output."""
+        return self.listed - self.superseded
+
+    def read(self, stems: Iterable[str]) -> list[Commit]:
+        """The records of `stems`, in sorted order."""
+        wanted = sorted(stems)
+        missing = [stem for stem in wanted if stem not in self._records]
+        with ThreadPoolExecutor(_READ_THREADS) as pool:
+            self._records.update(zip(missing, pool.map(self._read_one, missing), strict=True))
+        return [self._records[stem] for stem in wanted]
+
+    def _read_one(self, stem: str) -> Commit:
+        path = f"{COMMITS}/{stem}.json"
+        try:
+            return Commit.from_json(self._output.read_bytes(path))
+        except (ValueError, KeyError, TypeError) as error:
+            raise OutputError(
+                f"{self._output.url(path)}: not a commit record ({error!r}); "
+                "delete it to have its shard done again"
+            ) from error
+
+
+def write_commit(output: Storage, commit: Commit) -> None:
+    """Create the record, then delete what it supersedes. FileExistsError if another run was faster."""
+    output.create(f"{COMMITS}/{commit.stem}.json", commit.to_json())
+    for stem in commit.supersedes:
+        output.delete(f"{COMMITS}/{stem}.json")
+        output.delete(f"{EMBEDDINGS}/{stem}.parquet")
+        output.delete(f"{REJECTS}/{stem}.parquet")
+
+
+def clean(output: Storage, log: CommitLog, keep_run: str | None = None) -> int:
+    """Delete what no live commit stands for; returns how many files that were.
+
+    Superseded records go before their files, so that no record ever names a file that is gone.
+    """
+    removed = 0
+    for stem in log.superseded & log.listed:
+        output.delete(f"{COMMITS}/{stem}.json")
+        removed += 1
+    for folder in (EMBEDDINGS, REJECTS):
+        for info in output.find(folder):
+            stem = info.path.removeprefix(f"{folder}/").removesuffix(".parquet")
+            if stem not in log.live:
+                output.delete(info.path)
+                removed += 1
+    leftovers = {info.path.split("/")[1] for info in output.find(STAGING)} - {keep_run}
+    for name in sorted(leftovers):
+        output.delete_folder(f"{STAGING}/{name}")
+        removed += 1
+    return removed

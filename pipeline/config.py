@@ -1,0 +1,217 @@
+"""The configuration: YAML, environment and command line in; frozen, validated models out.
+
+Precedence: command line over environment (`CVT_PIPELINE__MODEL__PRECISION=bfloat16`) over the YAML
+file. Every error names the key's path, what was found and what is allowed, before Ray starts.
+"""
+
+from __future__ import annotations
+
+import difflib
+import os
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Annotated, Any, Literal, TypeVar
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from pipeline.errors import ConfigError
+
+ENV_PREFIX = "CVT_PIPELINE__"
+M = TypeVar("M", bound=BaseModel)
+DEFAULT_MAX_PIXELS = 178_956_970  # Pillow's own limit against decompression bombs
+
+
+class Section(BaseModel):
+    """A section of the configuration: frozen, and refusing keys that it does not know."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", protected_namespaces=())
+
+
+class InputConfig(Section):
+    """Where the images are and how they are laid out."""
+
+    uri: str = Field(min_length=1, description="folder, file or glob; local or any fsspec URL")
+    format: Literal["auto", "images", "webdataset", "parquet", "manifest"] = Field(
+        "auto", description="layout of the input; auto judges by the files' names"
+    )
+    image_column: str | None = Field(
+        None,
+        description="Parquet: column of image bytes; manifest: column of URIs (found if not given)",
+    )
+    id_column: str | None = Field(None, description="Parquet: column whose value is the image_id")
+    metadata_columns: Literal["all"] | tuple[str, ...] = Field(
+        (), description="columns (WebDataset: extensions) to carry into the output, or all"
+    )
+
+
+class ModelConfig(Section):
+    """Which CvT, in which precision."""
+
+    checkpoint: str = Field(
+        min_length=1,
+        description="a Hub id (with @revision), a directory, or a built-in model's name",
+    )
+    precision: Literal["auto", "float32", "bfloat16", "float16"] = Field(
+        "auto",
+        description="auto: the output's own; for a new output bfloat16 on GPUs, float32 on CPUs",
+    )
+    embedding: Literal["pooled", "cls_token"] = Field(
+        "pooled",
+        description="pooled: the vector that the classifier sees; cls_token: the raw CLS token",
+    )
+
+
+class OutputConfig(Section):
+    """Where results go and which columns they have."""
+
+    uri: str = Field(min_length=1, description="folder for the results; local or any fsspec URL")
+    logits: Literal["full", "none"] | Annotated[int, Field(strict=True, ge=1)] = Field(
+        "full", description="full, none, or the number K of largest logits to keep"
+    )
+    dtype: Literal["float32", "float16"] = Field("float32", description="type of stored vectors")
+
+
+class ComputeConfig(Section):
+    """How the machine is used. Changes no result."""
+
+    batch_size: Literal["auto"] | Annotated[int, Field(strict=True, ge=1, le=4096)] = Field(
+        "auto", description="images a forward pass, and a chunk; auto: 128 on GPUs, 32 on CPUs"
+    )
+    actors: Literal["auto"] | Annotated[int, Field(strict=True, ge=1)] = Field(
+        "auto", description="model replicas; auto: one a GPU, or one for every 8 CPU cores"
+    )
+    shard_images: int = Field(4096, ge=1, description="loose images grouped into one shard")
+
+
+class LimitsConfig(Section):
+    """What an image may cost, and when a run should rather stop."""
+
+    max_pixels: int = Field(DEFAULT_MAX_PIXELS, ge=1, description="pixels of one image")
+    max_image_bytes: int = Field(1_000_000_000, ge=1, description="encoded bytes of one image")
+    max_reject_fraction: float = Field(
+        0.5,
+        ge=0,
+        le=1,
+        description="share of rejects over which the run stops, from 1,000 samples on",
+    )
+
+
+class IndexConfig(Section):
+    """The similarity index."""
+
+    type: Literal["auto", "exact"] = Field("auto", description="auto and exact: exhaustive search")
+
+
+class Config(Section):
+    """The whole of an extraction's configuration."""
+
+    input: InputConfig
+    model: ModelConfig
+    output: OutputConfig
+    compute: ComputeConfig = ComputeConfig()
+    limits: LimitsConfig = LimitsConfig()
+
+
+def load_config(
+    path: Path, overrides: Iterable[str] = (), environ: Mapping[str, str] = os.environ
+) -> Config:
+    """The validated configuration of a YAML file, the environment and `key.path=value` overrides.
+
+    Raises ConfigError, with one line for each bad key.
+    """
+    try:
+        text = path.read_text(encoding="utf-8")
+        values = yaml.safe_load(text)
+    except OSError as error:
+        raise ConfigError(f"{path}: cannot read the config file: {error.strerror}") from error
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{path}: not valid YAML: {error}") from error
+    if not isinstance(values, dict):
+        raise ConfigError(f"{path}: expected sections (input, model, output), found {values!r}")
+    _merge_environment(values, environ)
+    for override in overrides:
+        _merge_override(values, override)
+    return validate(Config, values, origin=str(path))
+
+
+def load_section(section: type[M], overrides: Iterable[str], name: str) -> M:
+    """One section alone, from `name.key=value` overrides (`index OUTPUT index.type=exact`)."""
+    values: dict[str, Any] = {name: {}}
+    for override in overrides:
+        _merge_override(values, override)
+    for unknown in sorted(set(values) - {name}):
+        raise ConfigError(f"{unknown}: not a key of this command; its keys begin with {name}.")
+    return validate(section, values[name], origin="command line", prefix=(name,))
+
+
+def validate(model: type[M], values: object, *, origin: str, prefix: tuple[str, ...] = ()) -> M:
+    """`values` as a validated model; ConfigError lists every key that is wrong."""
+    try:
+        return model.model_validate(values)
+    except ValidationError as error:
+        lines = [_explain(model, detail, prefix) for detail in error.errors()]
+        unique = list(dict.fromkeys(lines))
+        raise ConfigError("\n".join([f"{origin}: the configuration is not valid", *unique])) from error
+
+
+def _merge_environment(values: dict[str, Any], environ: Mapping[str, str]) -> None:
+    for name in sorted(environ):
+        if name.startswith(ENV_PREFIX):
+            path = name.removeprefix(ENV_PREFIX).lower().split("__")
+            _put(values, path, environ[name], source=name)
+
+
+def _merge_override(values: dict[str, Any], override: str) -> None:
+    path, separator, text = override.partition("=")
+    if not separator or not path:
+        raise ConfigError(f"{override!r}: expected key.path=value, such as model.precision=bfloat16")
+    _put(values, path.split("."), text, source=override)
+
+
+def _put(values: dict[str, Any], path: list[str], text: str, *, source: str) -> None:
+    *sections, key = path
+    for name in sections:
+        inner = values.setdefault(name, {})
+        if not isinstance(inner, dict):
+            raise ConfigError(f"{source}: {name} is a value, not a section")
+        values = inner
+    try:
+        values[key] = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise ConfigError(f"{source}: the value is not valid YAML") from error
+
+
+def _explain(model: type[BaseModel], detail: Any, prefix: tuple[str, ...]) -> str:
+    """One line: the key's path, what was found, what is allowed."""
+    location, section = [str(name) for name in prefix], model
+    field_description = ""
+    for name in detail["loc"]:
+        field = section.model_fields.get(str(name))
+        if field is None and detail["type"] != "extra_forbidden":
+            break  # inside a union: pydantic goes on with the alternative's name
+        location.append(str(name))
+        if field is not None:
+            field_description = field.description or ""
+            if isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel):
+                section = field.annotation
+    path = ".".join(location)
+    if detail["type"] == "extra_forbidden":
+        near = difflib.get_close_matches(location[-1], section.model_fields, n=1)
+        hint = f"did you mean {near[0]}? " if near else ""
+        return f"  {path}: unknown key; {hint}allowed: {', '.join(section.model_fields)}"
+    if detail["type"] == "missing":
+        return f"  {path}: missing; {field_description or 'this section is required'}"
+    return f"  {path}: found {detail['input']!r}; {_allowed(section, location[-1], detail)}"
+
+
+def _allowed(section: type[BaseModel], name: str, detail: Any) -> str:
+    schema = section.model_json_schema()["properties"].get(name, {})
+    alternatives = schema.get("anyOf", [schema])
+    choices = [repr(value) for option in alternatives for value in option.get("enum", [])]
+    choices += [repr(option["const"]) for option in alternatives if "const" in option]
+    choices += ["a whole number" for option in alternatives if option.get("type") == "integer"]
+    choices += ["a list of names" for option in alternatives if option.get("type") == "array"]
+    description = schema.get("description", "")
+    allowed = f"allowed: {', '.join(choices)}" if choices else str(detail["msg"]).lower()
+    return f"{allowed} ({description})" if description else allowed

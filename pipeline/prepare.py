@@ -1,0 +1,156 @@
+"""What is settled before a run begins: input, checkpoint, fingerprint, columns and plan.
+
+Enters: a Config. Leaves: a Prepared, which `plan` prints and `run.py` carries out. Everything that a
+user can get wrong is told here, before Ray starts and before anything is written.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from cvt_model.checkpoint import Checkpoint, resolve_checkpoint
+from cvt_model.errors import CheckpointError
+from pipeline import schema
+from pipeline.commits import CommitLog
+from pipeline.config import Config
+from pipeline.errors import ConfigError
+from pipeline.fingerprint import Fingerprint, make_fingerprint, read_fingerprint
+from pipeline.manifest import Manifest
+from pipeline.plan import Plan, plan_files, plan_members
+from pipeline.read_parquet import find_image_column
+from pipeline.read_webdataset import METADATA_EXTENSIONS
+from pipeline.shards import Listing, Member, list_input
+from pipeline.storage import Storage
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """A run that is ready to begin."""
+
+    config: Config
+    output: Storage
+    listing: Listing
+    checkpoint: Checkpoint
+    fingerprint: Fingerprint
+    metadata: tuple[pa.Field, ...]
+    log: CommitLog
+    plan: Plan
+    manifest: Manifest | None
+
+    @property
+    def embeddings_schema(self) -> pa.Schema:
+        return schema.embeddings_schema(
+            dim=self.checkpoint.config.embed_dim[-1],
+            num_labels=self.checkpoint.num_labels,
+            logits=self.config.output.logits,
+            dtype=self.config.output.dtype,
+            metadata=self.metadata,
+        )
+
+
+def find_checkpoint(config: Config) -> Checkpoint:
+    """The checkpoint that the config names; ConfigError where it cannot be used."""
+    try:
+        checkpoint = resolve_checkpoint(config.model.checkpoint)
+    except CheckpointError as error:
+        raise ConfigError(f"model.checkpoint: {error}") from error
+    if checkpoint.processor.output_size is None:
+        raise ConfigError(
+            f"model.checkpoint: {config.model.checkpoint} does not resize images (do_resize: false), so "
+            "they cannot be batched; set do_resize and size in its preprocessor_config.json"
+        )
+    if checkpoint.config.num_channels != 3:
+        raise ConfigError(
+            f"model.checkpoint: {config.model.checkpoint} takes {checkpoint.config.num_channels} "
+            "channels; this pipeline reads RGB images, which have 3"
+        )
+    if config.model.embedding == "cls_token" and not checkpoint.config.cls_token[-1]:
+        raise ConfigError("model.embedding: this model has no CLS token in its last stage; use pooled")
+    return checkpoint
+
+
+def prepare(config: Config, output: Storage, checkpoint: Checkpoint, default_precision: str) -> Prepared:
+    """List, identify and plan. `default_precision` is what auto means for a new output."""
+    listing = list_input(config.input)
+    existing = read_fingerprint(output)
+    manifest = Manifest(listing, config.input.image_column) if listing.format == "manifest" else None
+    metadata = _metadata_fields(config, listing, manifest, existing)
+    precision = config.model.precision
+    if precision == "auto":
+        precision = existing.precision if existing else default_precision  # type: ignore[assignment]
+    fingerprint = make_fingerprint(config, checkpoint, precision, metadata)
+    log = CommitLog(output)
+    if listing.format in ("images", "manifest"):
+        members = manifest.members(metadata) if manifest else _members(listing)
+        group_size = config.compute.shard_images
+        plan = plan_members(listing, members, log, fingerprint.digest, group_size)
+    else:
+        plan = plan_files(listing, log, fingerprint.digest)
+    return Prepared(config, output, listing, checkpoint, fingerprint, tuple(metadata), log, plan, manifest)
+
+
+def _members(listing: Listing) -> list[Member]:
+    return [Member(file.path, file.size, file.version) for file in listing.files]
+
+
+def _metadata_fields(
+    config: Config, listing: Listing, manifest: Manifest | None, existing: Fingerprint | None
+) -> list[pa.Field]:
+    """The metadata columns with their types; on an existing output `all` means that output's."""
+    wanted = config.input.metadata_columns
+    available = _available(config, listing, manifest)
+    if not wanted:
+        return []
+    if wanted == "all" and existing is not None:
+        wanted = tuple(existing.columns["metadata"])
+    if listing.format == "images":
+        if wanted == "all":
+            return []
+        raise ConfigError("input.metadata_columns: loose images have none; use a manifest")
+    names = tuple(available) if wanted == "all" else tuple(dict.fromkeys(wanted))
+    taken = [name for name in names if name in schema.reserved_names()]
+    if taken:
+        raise ConfigError(
+            f"input.metadata_columns: {', '.join(taken)} would collide with the output's own column; "
+            "rename it in the input, or list the columns to carry without it"
+        )
+    missing = [name for name in names if name not in available]
+    if missing and listing.format != "webdataset":
+        raise ConfigError(
+            f"input.metadata_columns: no column {', '.join(missing)} in {config.input.uri}; "
+            f"it has {', '.join(available) or 'none'}"
+        )
+    return [available.get(name, pa.field(name, pa.string())) for name in names]
+
+
+def _available(config: Config, listing: Listing, manifest: Manifest | None) -> dict[str, pa.Field]:
+    """The metadata columns that the input offers, by name; nullable, since a value may be missing."""
+    if manifest is not None:
+        columns = list(manifest.metadata_schema)
+    elif listing.format == "parquet":
+        columns = _parquet_columns(config, listing)
+    elif listing.format == "images":
+        columns = []
+    else:
+        columns = [pa.field(name, pa.string()) for name in METADATA_EXTENSIONS]
+    return {column.name: pa.field(column.name, column.type) for column in columns}
+
+
+def _parquet_columns(config: Config, listing: Listing) -> list[pa.Field]:
+    """The columns of the first file that has a readable footer, without the image and the id."""
+    for file in listing.files:
+        try:
+            with listing.root.open(file.path) as stream:
+                found = pq.read_schema(stream)
+        except (pa.ArrowException, OSError):
+            continue  # told as a failed shard, by name, when it is read
+        image = config.input.image_column or find_image_column(found, file.path)
+        for key, column in (("image_column", image), ("id_column", config.input.id_column)):
+            if column and column not in found.names:
+                columns = ", ".join(found.names)
+                raise ConfigError(f"input.{key}: {file.path} has no column {column}; it has {columns}")
+        return [column for column in found if column.name not in (image, config.input.id_column)]
+    return []

@@ -1,0 +1,97 @@
+"""Parquet files with a column of images: bytes, or Hugging Face's struct of bytes and path.
+
+Streamed in small batches; only the columns that are needed are read.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from pipeline.errors import InputError, ShardError
+from pipeline.readers import ReadOptions, Sample
+from pipeline.schema import safe_text
+from pipeline.shards import Work
+from pipeline.storage import Storage, parent_and_name
+
+_BATCH_ROWS = 64
+
+
+def read_samples(work: Work, options: ReadOptions) -> Iterator[Sample]:
+    """One sample a row. Raises ShardError for a file that is not whole or lacks a column."""
+    folder, name = parent_and_name(work.shard.uri)
+    try:
+        with Storage(folder).open(name) as file:
+            parquet = pq.ParquetFile(file)
+            image_column = options.image_column or find_image_column(parquet.schema_arrow, name)
+            wanted = _columns(parquet.schema_arrow, image_column, options, name)
+            number = 0
+            for batch in parquet.iter_batches(_BATCH_ROWS, columns=wanted):
+                for row in _rows(batch, options):
+                    yield _sample(work, row, number, image_column, options)
+                    number += 1
+    except (pa.ArrowException, OSError, InputError) as error:
+        raise ShardError(f"not readable to its end: {error}") from error
+
+
+def find_image_column(table_schema: pa.Schema, name: str) -> str:
+    """The column called image, or the only one that can hold images; InputError otherwise."""
+    able = [column.name for column in table_schema if _holds_images(column.type)]
+    if "image" in able:
+        return "image"
+    if len(able) == 1:
+        return str(able[0])
+    found = f"columns that could: {', '.join(able)}" if able else "no column holds bytes"
+    raise InputError(
+        f"input.image_column: cannot tell which column of {name} holds the images ({found}); "
+        f"its columns: {', '.join(table_schema.names)}"
+    )
+
+
+def _holds_images(kind: pa.DataType) -> bool:
+    if pa.types.is_struct(kind):
+        return any(kind.field(n).name == "bytes" for n in range(kind.num_fields))
+    return bool(pa.types.is_binary(kind) or pa.types.is_large_binary(kind))
+
+
+def _columns(table_schema: pa.Schema, image_column: str, options: ReadOptions, name: str) -> list[str]:
+    named = [image_column, *([options.id_column] if options.id_column else [])]
+    wanted = list(dict.fromkeys([*named, *options.metadata_names]))
+    missing = [column for column in wanted if column not in table_schema.names]
+    if missing:
+        raise InputError(
+            f"{name} has no column {', '.join(missing)}; it has {', '.join(table_schema.names)}"
+        )
+    return wanted
+
+
+def _rows(batch: pa.RecordBatch, options: ReadOptions) -> list[dict[str, Any]]:
+    for column in options.metadata:
+        position = batch.schema.get_field_index(column.name)
+        batch = batch.set_column(position, column, batch.column(position).cast(column.type))
+    rows: list[dict[str, Any]] = batch.to_pylist()
+    return rows
+
+
+def _sample(
+    work: Work, row: dict[str, Any], number: int, image_column: str, options: ReadOptions
+) -> Sample:
+    key = str(number)
+    image_id = f"{safe_text(work.shard.name)}#{number}"
+    if options.id_column and row[options.id_column] is not None:
+        key = image_id = safe_text(str(row[options.id_column]))
+    metadata = {name: row[name] for name in options.metadata_names}
+    image, path = row[image_column], None
+    if isinstance(image, dict):
+        image, path = image["bytes"], image.get("path")
+    if image is None:
+        where = f", only a path: {path}" if path else ""
+        return Sample(image_id, key, None, metadata, "no_image", f"the row has no bytes{where}")
+    if len(image) > options.max_image_bytes:
+        limit = f"over limits.max_image_bytes = {options.max_image_bytes:,}"
+        message = f"{len(image):,} bytes are {limit}"
+        return Sample(image_id, key, None, metadata, "too_large", message, len(image))
+    return Sample(image_id, key, bytes(image), metadata)

@@ -1,0 +1,253 @@
+"""Files by URL: the only module that opens them.
+
+A `Storage` is a folder, local or on any fsspec file system, with the few operations that the pipeline
+needs: list, read, replace a file whole, create a file only if it does not exist. It pickles as its URI.
+Retries of transient failures are the file systems' own and bounded; what remains is an OSError, which
+becomes an error that names the place.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import os
+import tempfile
+import uuid
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path, PurePosixPath
+from typing import Any, BinaryIO, cast
+
+import fsspec
+from fsspec.implementations.local import LocalFileSystem
+
+from pipeline.errors import ConfigError, OutputError
+
+STAGING = "_staging"
+_EXTRAS = {"s3": "s3", "s3a": "s3", "gs": "gcs", "gcs": "gcs", "az": "azure", "abfs": "azure"}
+_MAGIC = "*?["
+
+
+@dataclass(frozen=True)
+class FileInfo:
+    """A file as a listing tells it: path relative to the storage's root, bytes, ETag or mtime."""
+
+    path: str
+    size: int
+    version: str
+
+
+@dataclass(frozen=True)
+class Storage:
+    """A folder on a file system that fsspec knows."""
+
+    uri: str
+
+    @cached_property
+    def fs(self) -> Any:
+        return open_filesystem(self.uri)[0]
+
+    @cached_property
+    def root(self) -> str:
+        return open_filesystem(self.uri)[1]
+
+    @property
+    def is_local(self) -> bool:
+        return isinstance(self.fs, LocalFileSystem)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return (Storage, (self.uri,))
+
+    def path(self, relative: str) -> str:
+        """`relative` as the file system's own path."""
+        return f"{self.root.rstrip('/')}/{relative}" if relative else self.root
+
+    def url(self, relative: str) -> str:
+        """`relative` as a full URL, for messages, records and other readers."""
+        return cast(str, self.fs.unstrip_protocol(self.path(relative)))
+
+    def find(self, folder: str = "") -> list[FileInfo]:
+        """Every file below `folder`, sorted by path; empty where there is no such folder."""
+        base = self.path(folder)
+        if self.is_local:
+            found_local = _walk_local(Path(base), Path(self.root), frozenset())
+            return sorted(found_local, key=lambda info: info.path)
+        found = self.fs.find(base, detail=True)
+        prefix = self.root.rstrip("/") + "/"
+        infos = (
+            FileInfo(name.removeprefix(prefix), int(info["size"] or 0), _version(info))
+            for name, info in found.items()
+            if info["type"] == "file" and name != base and not name.endswith("/")
+        )
+        return sorted(infos, key=lambda info: info.path)
+
+    def info(self, relative: str) -> FileInfo:
+        """One file, as `find` would list it; FileNotFoundError where it does not exist."""
+        if self.is_local:
+            status = Path(self.path(relative)).stat()
+            return FileInfo(relative, status.st_size, str(status.st_mtime_ns))
+        info = self.fs.info(self.path(relative))
+        return FileInfo(relative, int(info["size"] or 0), _version(info))
+
+    def exists(self, relative: str) -> bool:
+        return bool(self.fs.exists(self.path(relative)))
+
+    def open(self, relative: str) -> BinaryIO:
+        """The file, open for reading as a stream of bytes."""
+        return cast(BinaryIO, self.fs.open(self.path(relative), "rb"))
+
+    def read_bytes(self, relative: str) -> bytes:
+        return cast(bytes, self.fs.cat_file(self.path(relative)))
+
+    @contextlib.contextmanager
+    def replacing(self, relative: str) -> Iterator[Path]:
+        """A local path to write; on success it becomes `relative`, whole and durable, else nothing does.
+
+        Locally the file is written beside its place, in `_staging/`, and renamed; elsewhere it is
+        written to a temporary file and uploaded.
+        """
+        target = self.path(relative)
+        if self.is_local:
+            folder = Path(self.path(STAGING))
+            folder.mkdir(parents=True, exist_ok=True)
+            temporary = folder / f"tmp-{uuid.uuid4().hex}"
+        else:
+            temporary = Path(tempfile.gettempdir()) / f"cvt-pipeline-{uuid.uuid4().hex}"
+        try:
+            yield temporary
+            if self.is_local:
+                Path(target).parent.mkdir(parents=True, exist_ok=True)
+                _fsync(temporary)
+                temporary.replace(target)
+                _fsync(Path(target).parent)
+            else:
+                self.fs.put_file(str(temporary), target)
+        finally:
+            temporary.unlink(missing_ok=True)
+
+    def write_bytes(self, relative: str, data: bytes) -> None:
+        """Put `data` at `relative`, replacing what was there in one step."""
+        with self.replacing(relative) as path:
+            path.write_bytes(data)
+
+    def create(self, relative: str, data: bytes) -> None:
+        """Put `data` at `relative`; FileExistsError if it exists, decided by the storage itself."""
+        if not self.is_local:
+            self.fs.pipe_file(self.path(relative), data, mode="create")
+            return
+        target = Path(self.path(relative))
+        target.parent.mkdir(parents=True, exist_ok=True)
+        temporary = Path(self.path(STAGING)) / f"tmp-{uuid.uuid4().hex}"
+        temporary.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            temporary.write_bytes(data)
+            _fsync(temporary)
+            os.link(temporary, target)
+            _fsync(target.parent)
+        finally:
+            temporary.unlink(missing_ok=True)
+
+    def delete(self, relative: str) -> None:
+        """Delete one file; nothing where it does not exist."""
+        with contextlib.suppress(FileNotFoundError):
+            self.fs.rm_file(self.path(relative))
+
+    def delete_folder(self, relative: str) -> None:
+        """Delete a folder with all that is in it; nothing where it does not exist."""
+        with contextlib.suppress(FileNotFoundError):
+            self.fs.rm(self.path(relative), recursive=True)
+
+    def check_writable(self) -> None:
+        """Raise OutputError unless a file can be created here."""
+        probe = f"{STAGING}/probe-{uuid.uuid4().hex}"
+        try:
+            self.write_bytes(probe, b"")
+            self.delete(probe)
+        except OSError as error:
+            reason = error.strerror or error
+            raise OutputError(
+                f"output.uri: cannot write to {self.uri}: {reason}; "
+                "check that the place exists, its permissions and its free space"
+            ) from error
+
+
+def open_filesystem(uri: str) -> tuple[Any, str]:
+    """The file system of `uri` and the path in it; ConfigError where it cannot be used."""
+    protocol = uri.split("://", 1)[0] if "://" in uri else "file"
+    if protocol == "memory":
+        raise ConfigError(
+            f"{uri}: memory:// lives in one process, so the workers would not see it; use a folder"
+        )
+    if protocol == "file":
+        local = uri.removeprefix("file://")
+        return fsspec.filesystem("file"), str(Path(local).expanduser().absolute())
+    try:
+        fs, path = fsspec.core.url_to_fs(uri, use_listings_cache=False)
+    except ImportError as error:
+        extra = _EXTRAS.get(protocol)
+        remedy = f"pip install 'cvt-pipeline[{extra}]'" if extra else str(error)
+        raise ConfigError(f"{uri}: no support for {protocol}:// is installed; {remedy}") from error
+    except ValueError as error:
+        raise ConfigError(f"{uri}: {error}") from error
+    return fs, path
+
+
+def split_glob(uri: str) -> tuple[str, str]:
+    """A glob as (its longest fixed folder, the pattern below it); pattern "" where it is no glob."""
+    head, separator, tail = uri.rpartition("://")
+    parts = tail.split("/")
+    first = next((n for n, part in enumerate(parts) if set(part) & set(_MAGIC)), None)
+    if first is None:
+        return uri, ""
+    return head + separator + "/".join(parts[:first]), "/".join(parts[first:])
+
+
+def sha256_of(path: Path) -> str:
+    """SHA-256 of a local file, in hexadecimal."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def parent_and_name(uri: str) -> tuple[str, str]:
+    """A file's URI as (its folder, its name)."""
+    head, separator, tail = uri.rpartition("://")
+    path = PurePosixPath(tail)
+    return head + separator + str(path.parent), path.name
+
+
+def _version(info: dict[str, Any]) -> str:
+    for key in ("ETag", "etag", "md5Hash", "mtime", "LastModified", "last_modified", "updated"):
+        if info.get(key):
+            return str(info[key]).strip('"')
+    return ""
+
+
+def _walk_local(folder: Path, root: Path, ancestors: frozenset[tuple[int, int]]) -> Iterator[FileInfo]:
+    """Files below `folder`, links followed once; sockets, pipes and devices are no files.
+
+    A link that leads nowhere is listed: it is a file that somebody expects, and cannot be read.
+    """
+    try:
+        status = folder.stat()
+        entries = list(os.scandir(folder))
+    except (FileNotFoundError, NotADirectoryError):
+        return
+    here = (status.st_dev, status.st_ino)
+    if here in ancestors:
+        return  # a link that leads back to a folder it lies in
+    for entry in entries:
+        if entry.is_dir():
+            yield from _walk_local(Path(entry.path), root, ancestors | {here})
+        elif entry.is_file() or (entry.is_symlink() and not Path(entry.path).exists()):
+            info = entry.stat(follow_symlinks=entry.is_file())
+            relative = entry.path[len(str(root)) :].lstrip("/")
+            yield FileInfo(relative, info.st_size, str(info.st_mtime_ns))
+
+
+def _fsync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
