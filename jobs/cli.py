@@ -14,7 +14,7 @@ import typer
 
 from jobs.common import run_verb
 
-VERBS = ("extract",)
+VERBS = ("extract", "plan", "status", "verify", "index", "search")
 
 
 def main() -> None:

@@ -18,7 +18,7 @@ from pipeline.stop import Stop
 
 DONE, FAILED, BAD_INPUT, INCOMPLETE, BUSY = 0, 1, 2, 3, 4
 
-console = Console(stderr=True, soft_wrap=True)
+console = Console(stderr=True, soft_wrap=True, width=None if sys.stderr.isatty() else 200)
 
 
 def exit_code(error: PipelineError) -> int:

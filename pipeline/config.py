@@ -100,7 +100,7 @@ class LimitsConfig(Section):
 class IndexConfig(Section):
     """The similarity index."""
 
-    type: Literal["auto", "exact"] = Field("auto", description="auto and exact: exhaustive search")
+    type: Literal["auto", "exact"] = Field("auto", description="exact: exhaustive search; auto: exact")
 
 
 class Config(Section):

@@ -97,7 +97,13 @@ def claim(output: Storage, wanted: Fingerprint) -> None:
             output.create(FILE, json.dumps(wanted.to_json(), indent=1).encode())
         except FileExistsError:
             existing = read_fingerprint(output)
-    if existing is not None and existing.digest != wanted.digest:
+    if existing is not None:
+        refuse_difference(output, existing, wanted)
+
+
+def refuse_difference(output: Storage, existing: Fingerprint, wanted: Fingerprint) -> None:
+    """Raise FingerprintError, naming what differs, unless `wanted` is what made the output."""
+    if existing.digest != wanted.digest:
         lines = "\n".join(f"  {line}" for line in existing.differences(wanted))
         raise FingerprintError(
             f"output.uri: {output.uri} holds results made otherwise:\n{lines}\n"

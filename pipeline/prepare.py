@@ -17,7 +17,7 @@ from pipeline import schema
 from pipeline.commits import CommitLog
 from pipeline.config import Config
 from pipeline.errors import ConfigError
-from pipeline.fingerprint import Fingerprint, make_fingerprint, read_fingerprint
+from pipeline.fingerprint import Fingerprint, make_fingerprint, read_fingerprint, refuse_difference
 from pipeline.manifest import Manifest
 from pipeline.plan import Plan, plan_files, plan_members
 from pipeline.read_parquet import find_image_column
@@ -154,3 +154,32 @@ def _parquet_columns(config: Config, listing: Listing) -> list[pa.Field]:
                 raise ConfigError(f"input.{key}: {file.path} has no column {column}; it has {columns}")
         return [column for column in found if column.name not in (image, config.input.id_column)]
     return []
+
+
+def summarize_plan(config: Config) -> dict[str, int | None]:
+    """What `plan` prints. Images are known of loose images and manifests, not of unread archives.
+
+    Bytes to write are estimated from the bytes a row of embeddings and logits takes.
+    """
+    output = Storage(config.output.uri)
+    prepared = prepare(config, output, find_checkpoint(config), "float32")
+    claimed = read_fingerprint(output)
+    if claimed is not None:
+        refuse_difference(output, claimed, prepared.fingerprint)
+    plan = prepared.plan
+    grouped = prepared.listing.format in ("images", "manifest")
+    images = sum(len(w.shard.members) - len(w.carried) for w in plan.work) if grouped else None
+    row_bytes = sum(
+        field.type.list_size * field.type.value_type.bit_width // 8
+        for field in prepared.embeddings_schema
+        if pa.types.is_fixed_size_list(field.type)
+    )
+    return {
+        "shards_new": plan.num_new,
+        "shards_changed": plan.num_changed,
+        "shards_deleted": plan.num_deleted,
+        "shards_done": plan.num_done,
+        "images_to_read": images,
+        "bytes_to_read": plan.size_bytes if prepared.manifest is None else None,
+        "bytes_to_write": None if images is None else images * row_bytes,
+    }

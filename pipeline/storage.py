@@ -206,7 +206,12 @@ def split_glob(uri: str) -> tuple[str, str]:
 def sha256_of(path: Path) -> str:
     """SHA-256 of a local file, in hexadecimal."""
     with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+        return sha256_of_stream(file)
+
+
+def sha256_of_stream(stream: BinaryIO) -> str:
+    """SHA-256 of what is left of a stream, in hexadecimal."""
+    return hashlib.file_digest(cast(Any, stream), "sha256").hexdigest()
 
 
 def parent_and_name(uri: str) -> tuple[str, str]:

@@ -1,0 +1,229 @@
+"""Nearest images: by vector, by id, by image.
+
+Enters: an output with an index, and queries. Leaves: hits with their cosine and where they came from. An
+image is embedded by the very model that made the output, which the fingerprint names; any other is
+refused.
+"""
+
+from __future__ import annotations
+
+import os
+from bisect import bisect_right
+from collections import defaultdict
+from dataclasses import asdict, dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+
+from cvt_model.checkpoint import resolve_checkpoint
+from cvt_model.errors import CheckpointError, ImageError
+from cvt_model.image_file import open_image
+from cvt_model.image_processor import CvtImageProcessor
+from pipeline import schema
+from pipeline.commits import EMBEDDINGS
+from pipeline.config import DEFAULT_MAX_PIXELS
+from pipeline.errors import FingerprintError, SearchError
+from pipeline.fingerprint import read_fingerprint
+from pipeline.index import INDEX, Vectors, load_faiss, normalize, read_record, usable
+from pipeline.storage import Storage, open_filesystem
+
+_COLUMNS = (schema.IMAGE_ID, schema.SHARD, schema.KEY, "label", "label_id", "score", "width", "height")
+
+
+@dataclass(frozen=True)
+class Hit:
+    """A neighbour. `score` is the cosine; `label_score` the probability of its label.
+
+    What lies beyond the id comes from the embeddings; it is None where the shard was redone since.
+    """
+
+    image_id: str
+    score: float
+    shard: str | None = None
+    key: str | None = None
+    label: str | None = None
+    label_id: int | None = None
+    label_score: float | None = None
+    width: int | None = None
+    height: int | None = None
+
+    def to_json(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+class Searcher:
+    """The served index of an output, open for queries.
+
+    `Searcher(Storage("features/")).by_image(Path("cat.jpg").read_bytes(), k=10)` returns a list of `Hit`.
+    Raises SearchError where there is no whole index.
+    """
+
+    def __init__(self, output: Storage) -> None:
+        self._output = output
+        self.record = read_record(output)
+        self._index = load_faiss(output, self.record)
+        self._first_ids = [shard.first_id for shard in self.record.shards]
+
+    def by_vector(self, vector: Vectors, k: int = 10) -> list[Hit]:
+        """The k nearest images of one embedding (D,), not necessarily normalised, best first."""
+        row = np.asarray(vector, np.float32).reshape(1, -1)
+        if row.shape[1] != self.record.dim:
+            raise SearchError(f"the vector has {row.shape[1]} numbers, the index {self.record.dim}")
+        if not usable(row)[0]:
+            raise SearchError("the vector is zero or not finite, so it has no neighbours")
+        scores, ids = self._index.search(normalize(row), min(k, self.record.num_vectors))
+        return self._hits([int(n) for n in ids[0]], [float(x) for x in scores[0]])
+
+    def by_id(self, image_id: str, k: int = 10) -> list[Hit]:
+        """The k nearest images of an indexed one, itself among them and first."""
+        found = self._ids.filter(pc.equal(self._ids.column(schema.IMAGE_ID), image_id))
+        if not found.num_rows:
+            raise SearchError(f"no image {image_id} in the index of {self._output.uri}; ids are exact")
+        vector = self._index.reconstruct(found.column("faiss_id")[0].as_py())
+        hits = self.by_vector(vector, k)
+        return sorted(hits, key=lambda hit: hit.image_id != image_id)
+
+    def by_image(self, data: bytes, k: int = 10) -> list[Hit]:
+        """The k nearest images of an encoded image. SearchError where it cannot be decoded."""
+        return self.by_vector(self.embed(data), k)
+
+    def embed(self, data: bytes) -> Vectors:
+        """The embedding (D,) of an encoded image, as the output's own were made."""
+        try:
+            image = open_image(data, DEFAULT_MAX_PIXELS)
+        except ImageError as error:
+            raise SearchError(f"the query is not a usable image: {error.message}") from error
+        processor, embedder = self._embedder
+        embedding_BD, _ = embedder.embed(np.array(processor.to_pixels(image.image_rgb)[None]))
+        return embedding_BD[0].numpy()  # type: ignore[no-any-return]
+
+    @cached_property
+    def _ids(self) -> pa.Table:
+        with self._output.open(f"{INDEX}/{self.record.version}/ids.parquet") as file:
+            return pq.read_table(file)
+
+    @cached_property
+    def _embedder(self) -> tuple[CvtImageProcessor, Any]:
+        from pipeline.embed import Embedder, EmbedOptions  # torch, which other searches do not need
+
+        fingerprint = read_fingerprint(self._output)
+        assert fingerprint is not None
+        try:
+            checkpoint = resolve_checkpoint(fingerprint.source)
+        except CheckpointError as error:
+            raise SearchError(f"searching by image needs the output's model: {error}") from error
+        if (checkpoint.weights_sha256, checkpoint.processor.to_dict()) != (
+            fingerprint.weights_sha256,
+            fingerprint.preprocessing,
+        ):
+            raise FingerprintError(
+                f"{fingerprint.source} has other weights or preprocessing than made {self._output.uri}; "
+                "restore the checkpoint that its fingerprint.json names"
+            )
+        options = EmbedOptions(
+            checkpoint=fingerprint.source,
+            weights_sha256=fingerprint.weights_sha256,
+            precision=fingerprint.precision,
+            embedding=fingerprint.embedding,
+            logits="none",
+            dtype="float32",
+            num_threads=os.cpu_count() or 1,
+        )
+        return checkpoint.processor, Embedder(options)
+
+    def _hits(self, ids: list[int], scores: list[float]) -> list[Hit]:
+        by_shard: dict[int, list[int]] = defaultdict(list)
+        for faiss_id in ids:
+            by_shard[bisect_right(self._first_ids, faiss_id) - 1].append(faiss_id)
+        rows: dict[int, dict[str, Any]] = {}
+        for number, members in by_shard.items():
+            rows |= self._rows(number, members)
+        hits = []
+        for faiss_id, score in zip(ids, scores, strict=True):
+            row = dict(rows[faiss_id])
+            hits.append(Hit(score=score, label_score=row.pop("score", None), **row))
+        return hits
+
+    def _rows(self, number: int, faiss_ids: list[int]) -> dict[int, dict[str, Any]]:
+        """The committed rows of some ids of one shard; the id alone where the shard's file is gone."""
+        shard = self.record.shards[number]
+        with self._output.open(f"{INDEX}/{self.record.version}/ids.parquet") as file:
+            names = pq.ParquetFile(file).read_row_group(number).column(schema.IMAGE_ID)
+        wanted = {names[faiss_id - shard.first_id].as_py(): faiss_id for faiss_id in faiss_ids}
+        found = {faiss_id: {schema.IMAGE_ID: name} for name, faiss_id in wanted.items()}
+        try:
+            with self._output.open(f"{EMBEDDINGS}/{shard.stem}.parquet") as file:
+                parquet = pq.ParquetFile(file)
+                columns = [name for name in _COLUMNS if name in parquet.schema_arrow.names]
+                for batch in parquet.iter_batches(columns=columns):
+                    hit = pc.is_in(batch.column(0), pa.array(list(wanted), pa.string()))
+                    for row in batch.filter(hit).to_pylist():
+                        found[wanted[row[schema.IMAGE_ID]]] = row
+        except FileNotFoundError:
+            pass  # redone since the index was built: the id still tells which image it is
+        return found
+
+
+def read_query(uri: str) -> bytes:
+    """The bytes of a query image: a local file, or any URL that fsspec opens."""
+    fs, path = open_filesystem(uri)
+    try:
+        return fs.cat_file(path)  # type: ignore[no-any-return]
+    except OSError as error:
+        raise SearchError(f"cannot read the query image {uri}: {error}") from error
+
+
+def read_vector(path: Path) -> Vectors:
+    """A query vector from a .npy file of shape (D,) or (1, D). Never loads a pickle."""
+    try:
+        vector = np.load(path, allow_pickle=False)
+    except (OSError, ValueError) as error:
+        raise SearchError(f"cannot read the query vector {path}: {error}; expected a .npy file") from error
+    if vector.dtype.kind not in "fiu" or vector.size != vector.shape[-1:][0]:
+        raise SearchError(f"{path}: expected one vector of numbers, found {vector.dtype}{vector.shape}")
+    return vector.ravel().astype(np.float32)  # type: ignore[no-any-return]
+
+
+@dataclass(frozen=True)
+class Answer:
+    """A query and what was found, for the terminal, for programs and as a page."""
+
+    query: str
+    hits: list[Hit]
+    image: bytes | None
+    output: Storage
+
+    def to_json(self) -> dict[str, Any]:
+        return {"query": self.query, "hits": [hit.to_json() for hit in self.hits]}
+
+    def page(self) -> str:
+        """A self-contained gallery of the query and its neighbours."""
+        from pipeline.gallery import Row, gallery_page
+        from pipeline.originals import Originals
+
+        originals, image, first = Originals(self.output), self.image, self.hits[0]
+        if image is None and first.image_id == self.query and first.shard and first.key:
+            image = originals.read(first.shard, first.key)
+        row = Row(self.query, image, self.hits)
+        note = f"{len(self.hits)} nearest images by cosine of their CvT embeddings, in {self.output.uri}"
+        return gallery_page(f"Nearest to {self.query}", note, [row], originals.read)
+
+
+def find(
+    output_uri: str, *, image: str | None, image_id: str | None, vector: Path | None, k: int
+) -> Answer:
+    """Answer one query: an image (file or URL), an indexed image's id, or a vector in a .npy file."""
+    output = Storage(output_uri)
+    searcher = Searcher(output)
+    if image is not None:
+        data = read_query(image)
+        return Answer(image, searcher.by_image(data, k), data, output)
+    if image_id is not None:
+        return Answer(image_id, searcher.by_id(image_id, k), None, output)
+    assert vector is not None
+    return Answer(str(vector), searcher.by_vector(read_vector(vector), k), None, output)
