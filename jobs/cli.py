@@ -14,7 +14,7 @@ import typer
 
 from jobs.common import run_verb
 
-VERBS = ("extract", "plan", "status", "verify", "index", "search")
+VERBS = ("extract", "plan", "status", "verify", "index", "search", "demo")
 
 
 def main() -> None:

@@ -53,11 +53,16 @@ def _section(row: Row, read_original: ReadOriginal) -> str:
         _figure(
             thumbnail(read_original(hit.shard, hit.key)) if hit.shard and hit.key else None,
             hit.image_id,
-            f"{hit.score:.4f}" + (f" · {hit.label}" if hit.label else ""),
+            _caption(hit),
         )
         for hit in row.hits
     )
     return f'<section><div class="query">{query}</div><div class="hits">{hits}</div></section>'
+
+
+def _caption(hit: Hit) -> str:
+    named = hit.label is not None and not hit.label.startswith("LABEL_")  # transformers' placeholder
+    return f"{hit.score:.4f} · {hit.label}" if named else f"{hit.score:.4f}"
 
 
 def _figure(source: str | None, name: str, caption: str) -> str:

@@ -71,13 +71,22 @@ class Searcher:
 
     def by_vector(self, vector: Vectors, k: int = 10) -> list[Hit]:
         """The k nearest images of one embedding (D,), not necessarily normalised, best first."""
-        row = np.asarray(vector, np.float32).reshape(1, -1)
-        if row.shape[1] != self.record.dim:
-            raise SearchError(f"the vector has {row.shape[1]} numbers, the index {self.record.dim}")
-        if not usable(row)[0]:
-            raise SearchError("the vector is zero or not finite, so it has no neighbours")
-        scores, ids = self._index.search(normalize(row), min(k, self.record.num_vectors))
+        scores, ids = self._search(np.asarray(vector, np.float32).reshape(1, -1), k)
         return self._hits([int(n) for n in ids[0]], [float(x) for x in scores[0]])
+
+    def nearest(self, vectors_QD: Vectors, k: int = 10) -> list[list[tuple[str, float]]]:
+        """For each of many embeddings the ids and cosines of its k nearest images, best first."""
+        scores, ids = self._search(np.asarray(vectors_QD, np.float32), k)
+        names = self._ids.column(schema.IMAGE_ID)
+        return [
+            [(names[int(n)].as_py(), float(x)) for n, x in zip(row, values, strict=True)]
+            for row, values in zip(ids, scores, strict=True)
+        ]
+
+    @property
+    def image_ids(self) -> list[str]:
+        """Every indexed image, in the index's order."""
+        return self._ids.column(schema.IMAGE_ID).to_pylist()  # type: ignore[no-any-return]
 
     def by_id(self, image_id: str, k: int = 10) -> list[Hit]:
         """The k nearest images of an indexed one, itself among them and first."""
@@ -91,6 +100,15 @@ class Searcher:
     def by_image(self, data: bytes, k: int = 10) -> list[Hit]:
         """The k nearest images of an encoded image. SearchError where it cannot be decoded."""
         return self.by_vector(self.embed(data), k)
+
+    def _search(self, vectors_QD: Vectors, k: int) -> tuple[Vectors, Any]:
+        """Cosines (Q, k) and faiss ids (Q, k); SearchError for vectors that have no neighbours."""
+        if vectors_QD.shape[1] != self.record.dim:
+            raise SearchError(f"the vector has {vectors_QD.shape[1]} numbers, the index {self.record.dim}")
+        if not usable(vectors_QD).all():
+            raise SearchError("the vector is zero or not finite, so it has no neighbours")
+        scores, ids = self._index.search(normalize(vectors_QD), min(k, self.record.num_vectors))
+        return scores, ids
 
     def embed(self, data: bytes) -> Vectors:
         """The embedding (D,) of an encoded image, as the output's own were made."""
