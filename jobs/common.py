@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 import os
-import signal
 import sys
 import time
 from collections.abc import Callable
@@ -49,8 +48,7 @@ def run_module(verb: Callable[..., None], settings: dict[str, object]) -> None:
 def stop_on_signals() -> Stop:
     """A Stop that SIGINT and SIGTERM set."""
     stop = Stop()
-    for signum in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(signum, stop.request)
+    stop.install()
     return stop
 
 

@@ -125,7 +125,7 @@ def write_commit(output: Storage, commit: Commit) -> None:
         output.delete(f"{REJECTS}/{stem}.parquet")
 
 
-def clean(output: Storage, log: CommitLog, keep_run: str | None = None) -> int:
+def clean(output: Storage, log: CommitLog) -> int:
     """Delete what no live commit stands for; returns how many files that were.
 
     Superseded records go before their files, so that no record ever names a file that is gone.
@@ -140,8 +140,6 @@ def clean(output: Storage, log: CommitLog, keep_run: str | None = None) -> int:
             if stem not in log.live:
                 output.delete(info.path)
                 removed += 1
-    leftovers = {info.path.split("/")[1] for info in output.find(STAGING)} - {keep_run}
-    for name in sorted(leftovers):
-        output.delete_folder(f"{STAGING}/{name}")
-        removed += 1
+    removed += len(output.find(STAGING))
+    output.delete_folder(STAGING)
     return removed

@@ -97,6 +97,12 @@ class LimitsConfig(Section):
     )
 
 
+class RunConfig(Section):
+    """How a run behaves towards others."""
+
+    lease_s: float = Field(120, ge=10, description="seconds after which a run that died may be taken over")
+
+
 class IndexConfig(Section):
     """The similarity index."""
 
@@ -111,6 +117,7 @@ class Config(Section):
     output: OutputConfig
     compute: ComputeConfig = ComputeConfig()
     limits: LimitsConfig = LimitsConfig()
+    run: RunConfig = RunConfig()
 
 
 def load_config(

@@ -20,7 +20,10 @@ from pipeline.commits import Commit, clean, write_commit
 from pipeline.config import Config
 from pipeline.errors import Interrupted, LimitError
 from pipeline.fingerprint import claim, read_fingerprint
-from pipeline.prepare import Prepared, find_checkpoint, prepare
+from pipeline.lease import Lease, acquire
+from pipeline.parts import put_in_place
+from pipeline.plan import Plan
+from pipeline.prepare import Prepared, find_checkpoint, make_plan, prepare
 from pipeline.report import write_report
 from pipeline.shards import Work
 from pipeline.stop import Stop
@@ -56,50 +59,61 @@ def extract(
     stop.check()
     prepared = prepare(config, output, checkpoint, "float32")
     output.check_writable()
+    stop.check()
     cluster = None
     if config.model.precision == "auto" and read_fingerprint(output) is None:
-        cluster = _connect(verbose)
+        cluster = _connect(stop, verbose)
         if cluster.has_gpu:
-            prepared = prepare(config, output, checkpoint, "bfloat16")
+            prepared = prepared.with_precision("bfloat16")
     claim(output, prepared.fingerprint)
     tally = Tally(run_name(), config.output.uri, prepared.fingerprint.digest, started=started)
-    tally.planned_shards, tally.done_before = len(prepared.plan.work), prepared.plan.num_done
-    tally.planned_bytes = prepared.plan.size_bytes
-    clean(output, prepared.log)
-    stop.check()
-    if prepared.plan.work:
-        cluster = cluster or _connect(verbose)
-        try:
-            _carry_out(prepared, tally, stop, on_progress)
-        except (Interrupted, LimitError) as reason:
-            tally.stopped = str(reason)
-        finally:
+    lease = acquire(output, tally.run, config.run.lease_s)
+    try:
+        plan, log = make_plan(prepared)
+        clean(output, log)
+        tally.planned_shards, tally.done_before = len(plan.work), plan.num_done
+        tally.planned_bytes = plan.size_bytes
+        stop.check()
+        if plan.work:
+            cluster = cluster or _connect(stop, verbose)
+            _carry_out(prepared, plan, lease, tally, stop, on_progress)
+    except (Interrupted, LimitError) as reason:
+        tally.stopped = str(reason)
+    finally:
+        if cluster:
             cluster.close()
-            output.delete_folder(f"{STAGING}/{tally.run}")
-    elif cluster:
-        cluster.close()
+        output.delete_folder(STAGING)
+        lease.release()
     tally.ended = time.time()
     write_report(output, tally, config)
     return tally
 
 
-def _connect(verbose: bool) -> Cluster:
-    from pipeline.run import (
-        Cluster,
-    )  # Ray takes a second to import, and many runs have nothing to do
+def _connect(stop: Stop, verbose: bool) -> Cluster:
+    from pipeline.run import Cluster  # Ray takes a second to import, and many runs have nothing to do
 
-    return Cluster(verbose=verbose)
+    cluster = Cluster(verbose=verbose)
+    stop.install()
+    return cluster
 
 
-def _carry_out(prepared: Prepared, tally: Tally, stop: Stop, on_progress: OnProgress) -> None:
+def _carry_out(
+    prepared: Prepared,
+    plan: Plan,
+    lease: Lease,
+    tally: Tally,
+    stop: Stop,
+    on_progress: OnProgress,
+) -> None:
     from pipeline.run import Extraction, Resources
 
     resources = Resources.of_cluster(prepared.config)
     tally.stage_slots = resources.slots
-    extraction = Extraction(prepared, tally.run, resources)
-    shards = _ShardsInProgress(prepared, extraction, tally)
+    extraction = Extraction(prepared, plan, tally.run, resources)
+    shards = _ShardsInProgress(prepared, plan, extraction, lease, tally)
     for receipt in extraction.receipts():
         stop.check()
+        lease.renew()
         if receipt is not None:
             shards.receive(receipt)
             _check_limit(prepared.config, tally, LIMIT_FROM_SAMPLES)
@@ -108,6 +122,7 @@ def _carry_out(prepared: Prepared, tally: Tally, stop: Stop, on_progress: OnProg
         on_progress(tally)
     for _ in shards.commit(wait=True):
         stop.check()
+        lease.renew()
         on_progress(tally)
     shards.check_none_left()
     _check_limit(prepared.config, tally, 1)
@@ -137,9 +152,12 @@ class _InProgress:
 class _ShardsInProgress:
     """From receipts to commits. Holds the shards that are begun, not those that are done."""
 
-    def __init__(self, prepared: Prepared, extraction: Extraction, tally: Tally) -> None:
+    def __init__(
+        self, prepared: Prepared, plan: Plan, extraction: Extraction, lease: Lease, tally: Tally
+    ) -> None:
         self._prepared, self._extraction, self._tally = prepared, extraction, tally
-        self._to_do = {work.stem: work for work in prepared.plan.work}
+        self._lease = lease
+        self._to_do = {work.stem: work for work in plan.work}
         self._begun: dict[str, _InProgress] = {}
         self._complete: dict[str, _InProgress] = {}
 
@@ -190,8 +208,13 @@ class _ShardsInProgress:
             shard.rejects.total(),
         ):
             raise RuntimeError(f"{work.stem}: the assembled rows are not those of the receipts")
+        output = self._prepared.output
+        self._lease.check()
+        for file in (embeddings, rejects):
+            if file is not None:
+                put_in_place(output, self._tally.run, file)
         write_commit(
-            self._prepared.output,
+            output,
             Commit(
                 stem=work.stem,
                 shard=work.shard,

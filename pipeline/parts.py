@@ -60,21 +60,24 @@ def write_chunk(chunk: pa.Table, output: Storage, run: str) -> pa.Table:
 def assemble(
     output: Storage, run: str, work: Work, table_schema: pa.Schema
 ) -> tuple[DataFile, DataFile | None, dict[str, int]]:
-    """Put a shard's parts in place; returns its files and the number of rejects by reason.
+    """Make a shard's files of its parts, in `_staging/`; only the driver puts them in place.
 
-    Rows of `work.carried` members are copied from the files that this shard supersedes.
+    Returns the files, as they will be, and the number of rejects by reason. Rows of `work.carried`
+    members are copied from the files that this shard supersedes.
     """
-    folder = f"{STAGING}/{run}/{work.stem}"
-    parts = [info.path for info in output.find(folder)]
+    parts = [info.path for info in output.find(f"{STAGING}/{run}/{work.stem}")]
     amendments = _read_amendments(output, parts)
     reasons: dict[str, int] = defaultdict(int)
     tables = _parts(output, work, parts, EMBEDDINGS, amendments)
-    embeddings = _write_file(output, EMBEDDINGS, work.stem, tables, table_schema)
+    embeddings = _write_file(output, run, EMBEDDINGS, work.stem, tables, table_schema)
     counted = _count(_parts(output, work, parts, REJECTS, amendments), reasons)
-    rejects = _write_file(output, REJECTS, work.stem, counted, schema.REJECTS)
-    if not rejects.num_rows:
-        output.delete(rejects.path)
+    rejects = _write_file(output, run, REJECTS, work.stem, counted, schema.REJECTS)
     return embeddings, rejects if rejects.num_rows else None, dict(reasons)
+
+
+def put_in_place(output: Storage, run: str, file: DataFile) -> None:
+    """Move an assembled file from `_staging/` to where readers find it."""
+    output.move(f"{STAGING}/{run}/{file.path}", file.path)
 
 
 def _parts(
@@ -103,10 +106,15 @@ def _count(tables: Iterable[pa.Table], reasons: dict[str, int]) -> Iterator[pa.T
 
 
 def _write_file(
-    output: Storage, kind: str, stem: str, tables: Iterable[pa.Table], file_schema: pa.Schema
+    output: Storage,
+    run: str,
+    kind: str,
+    stem: str,
+    tables: Iterable[pa.Table],
+    file_schema: pa.Schema,
 ) -> DataFile:
     path, num_rows = f"{kind}/{stem}.parquet", 0
-    with output.replacing(path) as local:
+    with output.replacing(f"{STAGING}/{run}/{path}") as local:
         with pq.ParquetWriter(local, file_schema, compression="zstd") as writer:
             for table in _row_groups(tables, file_schema):
                 writer.write_table(table)

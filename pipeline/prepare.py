@@ -1,12 +1,12 @@
-"""What is settled before a run begins: input, checkpoint, fingerprint, columns and plan.
+"""What is settled before a run begins: input, checkpoint, fingerprint and columns; then its plan.
 
-Enters: a Config. Leaves: a Prepared, which `plan` prints and `run.py` carries out. Everything that a
-user can get wrong is told here, before Ray starts and before anything is written.
+Enters: a Config. Leaves: a Prepared and a Plan, which `plan` prints and `run.py` carries out. What a user
+can get wrong is told here, before Ray starts and before anything is written.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -36,9 +36,11 @@ class Prepared:
     checkpoint: Checkpoint
     fingerprint: Fingerprint
     metadata: tuple[pa.Field, ...]
-    log: CommitLog
-    plan: Plan
     manifest: Manifest | None
+
+    def with_precision(self, precision: str) -> Prepared:
+        """The same run in another precision."""
+        return replace(self, fingerprint=replace(self.fingerprint, precision=precision))
 
     @property
     def embeddings_schema(self) -> pa.Schema:
@@ -73,7 +75,7 @@ def find_checkpoint(config: Config) -> Checkpoint:
 
 
 def prepare(config: Config, output: Storage, checkpoint: Checkpoint, default_precision: str) -> Prepared:
-    """List, identify and plan. `default_precision` is what auto means for a new output."""
+    """List the input, settle the fingerprint. `default_precision`: what auto means for a new output."""
     listing = list_input(config.input)
     existing = read_fingerprint(output)
     manifest = Manifest(listing, config.input.image_column) if listing.format == "manifest" else None
@@ -82,14 +84,17 @@ def prepare(config: Config, output: Storage, checkpoint: Checkpoint, default_pre
     if precision == "auto":
         precision = existing.precision if existing else default_precision  # type: ignore[assignment]
     fingerprint = make_fingerprint(config, checkpoint, precision, metadata)
-    log = CommitLog(output)
-    if listing.format in ("images", "manifest"):
-        members = manifest.members(metadata) if manifest else _members(listing)
-        group_size = config.compute.shard_images
-        plan = plan_members(listing, members, log, fingerprint.digest, group_size)
-    else:
-        plan = plan_files(listing, log, fingerprint.digest)
-    return Prepared(config, output, listing, checkpoint, fingerprint, tuple(metadata), log, plan, manifest)
+    return Prepared(config, output, listing, checkpoint, fingerprint, tuple(metadata), manifest)
+
+
+def make_plan(prepared: Prepared) -> tuple[Plan, CommitLog]:
+    """Hold the listing against the commits as they are now; a run does so under its lease."""
+    listing, manifest = prepared.listing, prepared.manifest
+    log, digest = CommitLog(prepared.output), prepared.fingerprint.digest
+    if listing.format not in ("images", "manifest"):
+        return plan_files(listing, log, digest), log
+    members = manifest.members(list(prepared.metadata)) if manifest else _members(listing)
+    return plan_members(listing, members, log, digest, prepared.config.compute.shard_images), log
 
 
 def _members(listing: Listing) -> list[Member]:
@@ -166,7 +171,7 @@ def summarize_plan(config: Config) -> dict[str, int | None]:
     claimed = read_fingerprint(output)
     if claimed is not None:
         refuse_difference(output, claimed, prepared.fingerprint)
-    plan = prepared.plan
+    plan, _ = make_plan(prepared)
     grouped = prepared.listing.format in ("images", "manifest")
     images = sum(len(w.shard.members) - len(w.carried) for w in plan.work) if grouped else None
     row_bytes = sum(

@@ -11,12 +11,14 @@ import contextlib
 import logging
 import os
 import queue
+import signal
 import threading
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
 os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+os.environ.setdefault("RAY_ENABLE_AUTO_CONNECT", "0")  # after a stop, threads must not start Ray again
 
 import pyarrow as pa
 import ray
@@ -26,8 +28,9 @@ from ray.data import ActorPoolStrategy
 from pipeline.commits import DataFile
 from pipeline.config import Config
 from pipeline.decode import decode_chunk
-from pipeline.errors import PipelineError, StorageError
+from pipeline.errors import Interrupted, PipelineError, StorageError
 from pipeline.parts import assemble, write_chunk
+from pipeline.plan import Plan
 from pipeline.prepare import Prepared
 from pipeline.readers import ReadOptions, read_shard
 from pipeline.shards import Work
@@ -91,12 +94,7 @@ class Cluster:
         self._ours = not ray.is_initialized()
         if self._ours:
             with contextlib.nullcontext() if verbose else _native_stderr_closed():
-                ray.init(
-                    address=os.environ.get("RAY_ADDRESS", "local"),
-                    include_dashboard=False if "RAY_ADDRESS" not in os.environ else None,
-                    log_to_driver=verbose,
-                    logging_level=level,
-                )
+                _connect(verbose, level)
         context = ray.data.DataContext.get_current()
         context.enable_progress_bars = verbose
         context.print_on_execution_start = verbose
@@ -111,6 +109,18 @@ class Cluster:
     def close(self) -> None:
         if self._ours:
             ray.shutdown()
+
+
+def _connect(verbose: bool, level: int) -> None:
+    try:
+        ray.init(
+            address=os.environ.get("RAY_ADDRESS", "local"),
+            include_dashboard=False if "RAY_ADDRESS" not in os.environ else None,
+            log_to_driver=verbose,
+            logging_level=level,
+        )
+    except SystemExit as error:  # Ray's own handler of SIGTERM, until ours is back
+        raise Interrupted(signal.SIGTERM) from error
 
 
 @contextlib.contextmanager
@@ -131,7 +141,8 @@ def _native_stderr_closed() -> Iterator[None]:
 class Extraction:
     """The graph of a prepared run: its receipts as they come, and the assembly of finished shards."""
 
-    def __init__(self, prepared: Prepared, run: str, resources: Resources) -> None:
+    def __init__(self, prepared: Prepared, plan: Plan, run: str, resources: Resources) -> None:
+        self._plan = plan
         self._prepared, self._run, self._resources = prepared, run, resources
         self._assembling: dict[Any, Work] = {}
         self._assemble = ray.remote(num_cpus=0, max_retries=3)(assemble)
@@ -139,7 +150,7 @@ class Extraction:
     def receipts(self) -> Iterator[dict[str, Any] | None]:
         """RECEIPTS rows; None about ten times a second, so that the caller can look around."""
         manifest, metadata = self._prepared.manifest, list(self._prepared.metadata)
-        work = self._prepared.plan.work
+        work = self._plan.work
         ready = (manifest.attach(item, metadata) if manifest else item for item in work)
         for wave in _waves(item.to_json() for item in ready):
             yield from _pump(self._dataset(wave))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import threading
 from types import FrameType
 
@@ -16,6 +17,11 @@ class Stop:
 
     def __init__(self) -> None:
         self.signum: int | None = None
+
+    def install(self) -> None:
+        """Make SIGINT and SIGTERM ask for a stop. Ray takes SIGTERM for itself: again after its start."""
+        for signum in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(signum, self.request)
 
     def request(self, signum: int, frame: FrameType | None = None) -> None:
         """Ask for a clean stop; a second signal, or GRACE_S without one, ends the process at once.

@@ -148,6 +148,17 @@ class Storage:
         finally:
             temporary.unlink(missing_ok=True)
 
+    def move(self, source: str, target: str) -> None:
+        """Put a file of this storage in another place of it, replacing what was there in one step."""
+        if self.is_local:
+            place = Path(self.path(target))
+            place.parent.mkdir(parents=True, exist_ok=True)
+            Path(self.path(source)).replace(place)
+            _fsync(place.parent)
+        else:
+            self.fs.copy(self.path(source), self.path(target))
+            self.delete(source)
+
     def delete(self, relative: str) -> None:
         """Delete one file; nothing where it does not exist."""
         with contextlib.suppress(FileNotFoundError):
