@@ -76,7 +76,7 @@ def find_checkpoint(config: Config) -> Checkpoint:
 
 def prepare(config: Config, output: Storage, checkpoint: Checkpoint, default_precision: str) -> Prepared:
     """List the input, settle the fingerprint. `default_precision`: what auto means for a new output."""
-    listing = list_input(config.input)
+    listing = _without_output(list_input(config.input), output)
     existing = read_fingerprint(output)
     manifest = Manifest(listing, config.input.image_column) if listing.format == "manifest" else None
     metadata = _metadata_fields(config, listing, manifest, existing)
@@ -85,6 +85,18 @@ def prepare(config: Config, output: Storage, checkpoint: Checkpoint, default_pre
         precision = existing.precision if existing else default_precision  # type: ignore[assignment]
     fingerprint = make_fingerprint(config, checkpoint, precision, metadata)
     return Prepared(config, output, listing, checkpoint, fingerprint, tuple(metadata), manifest)
+
+
+def _without_output(listing: Listing, output: Storage) -> Listing:
+    """The listing less what lies in the output folder, which may be inside the input's."""
+    here, root = output.url("").rstrip("/") + "/", listing.root.url("").rstrip("/") + "/"
+    if here == root:
+        raise ConfigError("output.uri: is the input's own folder; choose a folder of its own")
+    if not here.startswith(root):
+        return listing
+    prefix = here.removeprefix(root)
+    files = tuple(file for file in listing.files if not file.path.startswith(prefix))
+    return replace(listing, files=files)
 
 
 def make_plan(prepared: Prepared) -> tuple[Plan, CommitLog]:

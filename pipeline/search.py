@@ -93,9 +93,11 @@ class Searcher:
         found = self._ids.filter(pc.equal(self._ids.column(schema.IMAGE_ID), image_id))
         if not found.num_rows:
             raise SearchError(f"no image {image_id} in the index of {self._output.uri}; ids are exact")
-        vector = self._index.reconstruct(found.column("faiss_id")[0].as_py())
-        hits = self.by_vector(vector, k)
-        return sorted(hits, key=lambda hit: hit.image_id != image_id)
+        own = found.column("faiss_id")[0].as_py()
+        scores, ids = self._search(self._index.reconstruct(own)[None], k)
+        others = [(int(n), float(x)) for n, x in zip(ids[0], scores[0], strict=True) if n != own]
+        ranked = [(own, float(scores[0, 0])), *others][: len(ids[0])]  # exact copies may rank alike
+        return self._hits([n for n, _ in ranked], [score for _, score in ranked])
 
     def by_image(self, data: bytes, k: int = 10) -> list[Hit]:
         """The k nearest images of an encoded image. SearchError where it cannot be decoded."""
