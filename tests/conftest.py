@@ -48,7 +48,7 @@ def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     config = CvtConfig(
         embed_dim=[16, 32, 48],
         num_heads=[1, 2, 3],
-        depth=[1, 1, 2],
+        depth=[1, 2, 3],
         drop_path_rate=[0.0, 0.0, 0.0],
         num_labels=7,
         id2label={n: f"class-{n}" for n in range(7)},
