@@ -55,13 +55,15 @@ def stop_on_signals() -> Stop:
 def set_up_logging(*, verbose: bool) -> None:
     """Log lines to stderr: rich on a terminal, plain elsewhere."""
     if console.is_terminal:
-        handler: logging.Handler = RichHandler(console=console, show_path=verbose, show_level=verbose)
+        handler: logging.Handler = RichHandler(console=console, show_path=False)
+        handler.setFormatter(logging.Formatter("%(message)s"))
     else:
         handler = logging.StreamHandler()
         handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
     logging.basicConfig(level=logging.WARNING, handlers=[handler], force=True)
     for package in ("pipeline", "jobs", "cvt_model"):
-        logging.getLogger(package).setLevel(logging.DEBUG if verbose else logging.INFO)
+        quiet = logging.WARNING if console.is_terminal else logging.INFO  # a terminal has the bar
+        logging.getLogger(package).setLevel(logging.DEBUG if verbose else quiet)
 
 
 def process_started() -> float:

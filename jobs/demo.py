@@ -36,7 +36,7 @@ def demo(
     console.print(f"model: {MODEL}, a small CvT with seeded random weights (no trained one ships yet)")
     with ProgressDisplay(console) as progress:
         result = run_demo(folder, stop=stop, on_progress=progress, started=process_started())
-    summarize(result.tally, console)
+    summarize(result.tally, console, next_step="search --image FILE")
     if result.tally.failed_shards or result.tally.stopped:
         raise typer.Exit(INCOMPLETE)
     console.print(

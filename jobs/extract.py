@@ -41,7 +41,7 @@ def extract(
             started=process_started(),
             verbose=verbose,
         )
-    summarize(tally, console)
+    summarize(tally, console, next_step="index")
     if stop.signum is not None:
         raise typer.Exit(128 + stop.signum)
     raise typer.Exit(INCOMPLETE if tally.stopped or tally.failed_shards else DONE)

@@ -93,7 +93,7 @@ def report_page(values: dict[str, Any]) -> str:
     )
 
 
-def summarize(tally: Tally, console: Console) -> None:
+def summarize(tally: Tally, console: Console, next_step: str) -> None:
     """The last words of a run on the terminal: what there is, where, and what to do next."""
     table = Table(box=None, show_header=False, pad_edge=False)
     if tally.planned_shards:
@@ -118,7 +118,7 @@ def summarize(tally: Tally, console: Console) -> None:
     elif not tally.planned_shards:
         console.print("nothing to do: every shard of the input is committed")
     else:
-        console.print(f"next: cvt-pipeline index {escape(tally.output)}", highlight=False)
+        console.print(f"next: cvt-pipeline {next_step} {escape(tally.output)}", highlight=False)
 
 
 def _rows(values: dict[str, Any]) -> str:
