@@ -39,8 +39,8 @@ class BusyError(PipelineError):
     """Another run holds the output (exit 4)."""
 
 
-class StorageError(PipelineError):
-    """Storage failed in the middle of a run: a full disk, a dead endpoint (exit 1)."""
+class StorageError(PipelineError, OSError):
+    """Storage failed: a full disk, a dead endpoint, no permission (exit 1). Also an OSError."""
 
 
 class ShardError(Exception):

@@ -17,7 +17,7 @@ from pipeline.manifest import resolve_uri, unpack_metadata
 from pipeline.readers import ReadOptions, Sample
 from pipeline.schema import RejectReason, safe_text
 from pipeline.shards import Member, Work
-from pipeline.storage import Storage, open_filesystem
+from pipeline.storage import Storage, open_filesystem, storage_errors
 
 _THREADS = 16
 _AHEAD = 32
@@ -78,7 +78,7 @@ def _read(
         return reject("unreadable", f"cannot be opened: {error.strerror or error}")
     except ConfigError as error:
         return reject("unreadable", str(error))
-    except OSError as error:
+    except storage_errors() as error:
         if member.path.startswith(("http://", "https://")):
             return reject("unreadable", f"cannot be fetched: {error}")
         raise ShardError(f"storage failed while {name} was read: {error}") from error

@@ -15,7 +15,7 @@ from pipeline.errors import InputError, ShardError
 from pipeline.readers import ReadOptions, Sample
 from pipeline.schema import safe_text
 from pipeline.shards import Work
-from pipeline.storage import Storage, parent_and_name
+from pipeline.storage import Storage, parent_and_name, storage_errors
 
 _BATCH_ROWS = 64
 
@@ -33,7 +33,7 @@ def read_samples(work: Work, options: ReadOptions) -> Iterator[Sample]:
                 for row in _rows(batch, options):
                     yield _sample(work, row, number, image_column, options)
                     number += 1
-    except (pa.ArrowException, OSError, InputError) as error:
+    except (pa.ArrowException, InputError, *storage_errors()) as error:  # type: ignore[misc]
         raise ShardError(f"not readable to its end: {error}") from error
 
 

@@ -27,7 +27,7 @@ from pipeline.errors import ShardError
 from pipeline.readers import Amendment, ReadOptions, Sample
 from pipeline.schema import RejectReason, safe_text
 from pipeline.shards import Work
-from pipeline.storage import Storage, parent_and_name
+from pipeline.storage import Storage, parent_and_name, storage_errors
 
 METADATA_EXTENSIONS = ("json", "txt", "cls")
 _BLOCK = 512
@@ -105,7 +105,7 @@ def read_samples(work: Work, options: ReadOptions) -> Iterator[Sample | Amendmen
             zipped = not name.lower().endswith(".tar")
             stream = cast(BinaryIO, gzip.GzipFile(fileobj=file)) if zipped else file
             yield from _Grouper(prefix, options).group(_members(_ForwardFile(stream), options))
-    except (tarfile.TarError, gzip.BadGzipFile, zlib.error, EOFError, OSError) as error:
+    except (tarfile.TarError, zlib.error, EOFError, *storage_errors()) as error:  # type: ignore[misc]
         raise ShardError(f"not readable to its end: {error or type(error).__name__}") from error
 
 

@@ -23,17 +23,18 @@ os.environ.setdefault("RAY_ENABLE_AUTO_CONNECT", "0")  # after a stop, threads m
 import pyarrow as pa
 import ray
 import ray.data
-from ray.data import ActorPoolStrategy
+from ray.data import ActorPoolStrategy, TaskPoolStrategy
 
 from pipeline.commits import DataFile
 from pipeline.config import Config
 from pipeline.decode import decode_chunk
-from pipeline.errors import Interrupted, PipelineError, StorageError
+from pipeline.errors import Interrupted, PipelineError
 from pipeline.parts import assemble, write_chunk
 from pipeline.plan import Plan
 from pipeline.prepare import Prepared
 from pipeline.readers import ReadOptions, read_shard
 from pipeline.shards import Work
+from pipeline.storage import storage_failures
 
 WAVE_SHARDS = 2000
 WAVE_BYTES = 64 * 2**20  # of shard descriptions; groups of loose images list their members
@@ -63,7 +64,17 @@ class Resources:
     def slots(self) -> dict[str, float]:
         """How many tasks of each stage can be at work at once."""
         decode = max(1.0, (self.cpus - self.actors * self.actor_cpus) / self.decode_cpus)
-        return {"read": decode, "decode": decode, "model": self.actors, "write": decode}
+        slots = {"read": self.readers, "decode": decode, "model": self.actors, "write": self.writers}
+        return {stage: min(count, self.cpus) for stage, count in slots.items()}
+
+    @property
+    def readers(self) -> int:
+        """Shards read at once: they wait for storage more than for cores, and each holds a chunk."""
+        return max(2, int(self.cpus))
+
+    @property
+    def writers(self) -> int:
+        return max(2, int(self.cpus / 2))
 
     @classmethod
     def of_cluster(cls, config: Config) -> Resources:
@@ -196,7 +207,13 @@ class Extraction:
         }
         return (
             ray.data.from_items([{"spec": spec} for spec in wave], override_num_blocks=len(wave))
-            .map_batches(_read, fn_args=(read,), num_cpus=0.1, **_BATCH)
+            .map_batches(
+                _read,
+                fn_args=(read,),
+                compute=TaskPoolStrategy(size=resources.readers),
+                num_cpus=0.1,
+                **_BATCH,
+            )
             .map_batches(
                 decode_chunk,
                 fn_args=(checkpoint.processor, config.limits.max_pixels),
@@ -211,7 +228,13 @@ class Extraction:
                 num_gpus=resources.actor_gpus,
                 **_BATCH,
             )
-            .map_batches(write_chunk, fn_args=(prepared.output, self._run), num_cpus=0.05, **_BATCH)
+            .map_batches(
+                write_chunk,
+                fn_args=(prepared.output, self._run),
+                compute=TaskPoolStrategy(size=resources.writers),
+                num_cpus=0.05,
+                **_BATCH,
+            )
         )
 
 
@@ -283,10 +306,6 @@ def _translated() -> Iterator[None]:
         if isinstance(cause, PipelineError):
             raise cause from error
         if isinstance(cause, OSError):
-            reason = cause.strerror or cause
-            where = f" ({cause.filename})" if cause.filename else ""
-            raise StorageError(
-                f"storage failed: {reason}{where}; free space or mend the connection and run again: "
-                "what is committed stays"
-            ) from error
+            with storage_failures(cause.filename or "the output"):
+                raise cause from error
         raise

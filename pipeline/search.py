@@ -30,7 +30,7 @@ from pipeline.config import DEFAULT_MAX_PIXELS
 from pipeline.errors import FingerprintError, SearchError
 from pipeline.fingerprint import read_fingerprint
 from pipeline.index import INDEX, Vectors, load_faiss, normalize, read_record, usable
-from pipeline.storage import Storage, open_filesystem
+from pipeline.storage import Storage, open_filesystem, storage_errors
 
 _COLUMNS = (schema.IMAGE_ID, schema.SHARD, schema.KEY, "label", "label_id", "score", "width", "height")
 
@@ -194,7 +194,7 @@ def read_query(uri: str) -> bytes:
     fs, path = open_filesystem(uri)
     try:
         return fs.cat_file(path)  # type: ignore[no-any-return]
-    except OSError as error:
+    except storage_errors() as error:
         raise SearchError(f"cannot read the query image {uri}: {error}") from error
 
 

@@ -17,7 +17,7 @@ from fsspec.utils import glob_translate
 
 from pipeline.config import InputConfig
 from pipeline.errors import InputError
-from pipeline.storage import FileInfo, Storage, parent_and_name, split_glob
+from pipeline.storage import FileInfo, Storage, parent_and_name, split_glob, storage_errors
 
 TAR_SUFFIXES = (".tar", ".tar.gz", ".tgz")
 PARQUET_SUFFIXES = (".parquet", ".pq")
@@ -122,7 +122,7 @@ def list_input(config: InputConfig) -> Listing:
     """List the input and judge its layout. Raises InputError where nothing is there to read."""
     try:
         root, files = _find(config.uri)
-    except OSError as error:
+    except storage_errors() as error:
         raise InputError(f"input.uri: cannot list {config.uri}: {error}") from error
     if not files:
         raise InputError(f"input.uri: {config.uri} matches no file; check the path and the spelling")

@@ -9,24 +9,27 @@ becomes an error that names the place.
 from __future__ import annotations
 
 import contextlib
+import functools
 import hashlib
+import importlib
 import os
 import tempfile
 import uuid
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cache, cached_property
 from pathlib import Path, PurePosixPath
-from typing import Any, BinaryIO, cast
+from typing import Any, BinaryIO, TypeVar, cast
 
 import fsspec
 from fsspec.implementations.local import LocalFileSystem
 
-from pipeline.errors import ConfigError, OutputError
+from pipeline.errors import ConfigError, OutputError, StorageError
 
 STAGING = "_staging"
 _EXTRAS = {"s3": "s3", "s3a": "s3", "gs": "gcs", "gcs": "gcs", "az": "azure", "abfs": "azure"}
 _MAGIC = "*?["
+F = TypeVar("F", bound=Callable[..., Any])
 
 
 @dataclass(frozen=True)
@@ -36,6 +39,49 @@ class FileInfo:
     path: str
     size: int
     version: str
+
+
+@cache
+def storage_errors() -> tuple[type[Exception], ...]:
+    """OSError, and what the installed clients of object stores raise beside it."""
+    names = {
+        "botocore.exceptions": ("BotoCoreError", "ClientError"),
+        "aiohttp": ("ClientError",),
+        "azure.core.exceptions": ("AzureError",),
+        "google.auth.exceptions": ("GoogleAuthError",),
+    }
+    found: list[type[Exception]] = [OSError]
+    for module, classes in names.items():
+        with contextlib.suppress(ImportError):
+            found += [getattr(importlib.import_module(module), name) for name in classes]
+    return tuple(found)
+
+
+@contextlib.contextmanager
+def storage_failures(place: str) -> Iterator[None]:
+    """Turn what storage raises into a StorageError that names the place and the remedy.
+
+    That a file is missing or exists already is an answer, and passes as it is.
+    """
+    try:
+        yield
+    except (FileNotFoundError, FileExistsError, NotADirectoryError, StorageError):
+        raise
+    except storage_errors() as error:
+        reason = getattr(error, "strerror", None) or error
+        raise StorageError(
+            f"storage failed at {place}: {reason}; check its space, permissions and connection, then run "
+            "again: what is committed stays"
+        ) from error
+
+
+def _guarded(method: F) -> F:
+    @functools.wraps(method)
+    def guarded(self: Storage, relative: str = "", *arguments: Any) -> Any:
+        with storage_failures(f"{self.uri.rstrip('/')}/{relative}"):
+            return method(self, relative, *arguments)
+
+    return cast(F, guarded)
 
 
 @dataclass(frozen=True)
@@ -67,6 +113,7 @@ class Storage:
         """`relative` as a full URL, for messages, records and other readers."""
         return cast(str, self.fs.unstrip_protocol(self.path(relative)))
 
+    @_guarded
     def find(self, folder: str = "") -> list[FileInfo]:
         """Every file below `folder`, sorted by path; empty where there is no such folder."""
         base = self.path(folder)
@@ -82,6 +129,7 @@ class Storage:
         )
         return sorted(infos, key=lambda info: info.path)
 
+    @_guarded
     def info(self, relative: str) -> FileInfo:
         """One file, as `find` would list it; FileNotFoundError where it does not exist."""
         if self.is_local:
@@ -90,13 +138,16 @@ class Storage:
         info = self.fs.info(self.path(relative))
         return FileInfo(relative, int(info["size"] or 0), _version(info))
 
+    @_guarded
     def exists(self, relative: str) -> bool:
         return bool(self.fs.exists(self.path(relative)))
 
+    @_guarded
     def open(self, relative: str) -> BinaryIO:
         """The file, open for reading as a stream of bytes."""
         return cast(BinaryIO, self.fs.open(self.path(relative), "rb"))
 
+    @_guarded
     def read_bytes(self, relative: str) -> bytes:
         return cast(bytes, self.fs.cat_file(self.path(relative)))
 
@@ -110,19 +161,21 @@ class Storage:
         target = self.path(relative)
         if self.is_local:
             folder = Path(self.path(STAGING))
-            folder.mkdir(parents=True, exist_ok=True)
+            with storage_failures(self.uri):
+                folder.mkdir(parents=True, exist_ok=True)
             temporary = folder / f"tmp-{uuid.uuid4().hex}"
         else:
             temporary = Path(tempfile.gettempdir()) / f"cvt-pipeline-{uuid.uuid4().hex}"
         try:
-            yield temporary
-            if self.is_local:
-                Path(target).parent.mkdir(parents=True, exist_ok=True)
-                _fsync(temporary)
-                temporary.replace(target)
-                _fsync(Path(target).parent)
-            else:
-                self.fs.put_file(str(temporary), target)
+            with storage_failures(f"{self.uri.rstrip('/')}/{relative}"):
+                yield temporary
+                if self.is_local:
+                    Path(target).parent.mkdir(parents=True, exist_ok=True)
+                    _fsync(temporary)
+                    temporary.replace(target)
+                    _fsync(Path(target).parent)
+                else:
+                    self.fs.put_file(str(temporary), target)
         finally:
             temporary.unlink(missing_ok=True)
 
@@ -131,6 +184,7 @@ class Storage:
         with self.replacing(relative) as path:
             path.write_bytes(data)
 
+    @_guarded
     def create(self, relative: str, data: bytes) -> None:
         """Put `data` at `relative`; FileExistsError if it exists, decided by the storage itself."""
         if not self.is_local:
@@ -148,6 +202,7 @@ class Storage:
         finally:
             temporary.unlink(missing_ok=True)
 
+    @_guarded
     def move(self, source: str, target: str) -> None:
         """Put a file of this storage in another place of it, replacing what was there in one step."""
         if self.is_local:
@@ -159,11 +214,13 @@ class Storage:
             self.fs.copy(self.path(source), self.path(target))
             self.delete(source)
 
+    @_guarded
     def delete(self, relative: str) -> None:
         """Delete one file; nothing where it does not exist."""
         with contextlib.suppress(FileNotFoundError):
             self.fs.rm_file(self.path(relative))
 
+    @_guarded
     def delete_folder(self, relative: str) -> None:
         """Delete a folder with all that is in it; nothing where it does not exist."""
         with contextlib.suppress(FileNotFoundError):
@@ -176,11 +233,7 @@ class Storage:
             self.write_bytes(probe, b"")
             self.delete(probe)
         except OSError as error:
-            reason = error.strerror or error
-            raise OutputError(
-                f"output.uri: cannot write to {self.uri}: {reason}; "
-                "check that the place exists, its permissions and its free space"
-            ) from error
+            raise OutputError(f"output.uri: cannot write to {self.uri}: {error}") from error
 
 
 def open_filesystem(uri: str) -> tuple[Any, str]:
