@@ -33,7 +33,7 @@ def read_samples(work: Work, options: ReadOptions) -> Iterator[Sample]:
                 for row in _rows(batch, options):
                     yield _sample(work, row, number, image_column, options)
                     number += 1
-    except (pa.ArrowException, InputError, *storage_errors()) as error:  # type: ignore[misc]
+    except (pa.ArrowException, InputError, *storage_errors()) as error:
         raise ShardError(f"not readable to its end: {error}") from error
 
 
