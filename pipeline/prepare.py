@@ -7,6 +7,7 @@ can get wrong is told here, before Ray starts and before anything is written.
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from pathlib import Path
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -55,8 +56,10 @@ class Prepared:
 
 def find_checkpoint(config: Config) -> Checkpoint:
     """The checkpoint that the config names; ConfigError where it cannot be used."""
+    folder = Path(config.model.checkpoint).expanduser()
+    source = str(folder.resolve()) if folder.is_dir() else config.model.checkpoint
     try:
-        checkpoint = resolve_checkpoint(config.model.checkpoint)
+        checkpoint = resolve_checkpoint(source)
     except CheckpointError as error:
         raise ConfigError(f"model.checkpoint: {error}") from error
     if checkpoint.processor.output_size is None:

@@ -103,7 +103,7 @@ class Storage:
         return isinstance(self.fs, LocalFileSystem)
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return (Storage, (self.uri,))
+        return (Storage, (self.url(""),))  # absolute: a worker may have another working directory
 
     def path(self, relative: str) -> str:
         """`relative` as the file system's own path."""
