@@ -33,7 +33,10 @@ def search(
 
     answer = find(output, image=image, image_id=image_id, vector=vector, k=k)
     if html is not None:
-        html.write_text(answer.page(), encoding="utf-8")
+        try:
+            html.write_text(answer.page(), encoding="utf-8")
+        except OSError as error:
+            raise ConfigError(f"--html: cannot write {html}: {error.strerror}") from error
         console.print(f"gallery: {escape(str(html))}", highlight=False)
     if as_json:
         typer.echo(json.dumps([answer.to_json()]))

@@ -92,7 +92,7 @@ class CommitLog:
         several = [stem for stems in by_name.values() if len(stems) > 1 for stem in stems]
         return frozenset(old for commit in self.read(several) for old in commit.supersedes)
 
-    @property
+    @cached_property
     def live(self) -> frozenset[str]:
         """The stems whose rows are the output."""
         return self.listed - self.superseded

@@ -136,6 +136,7 @@ def load_config(
         raise ConfigError(f"{path}: not valid YAML: {error}") from error
     if not isinstance(values, dict):
         raise ConfigError(f"{path}: expected sections (input, model, output), found {values!r}")
+    values = {str(name): {} if section is None else section for name, section in values.items()}
     _merge_environment(values, environ)
     for override in overrides:
         _merge_override(values, override)
@@ -179,7 +180,9 @@ def _merge_override(values: dict[str, Any], override: str) -> None:
 def _put(values: dict[str, Any], path: list[str], text: str, *, source: str) -> None:
     *sections, key = path
     for name in sections:
-        inner = values.setdefault(name, {})
+        if values.get(name) is None:
+            values[name] = {}
+        inner = values[name]
         if not isinstance(inner, dict):
             raise ConfigError(f"{source}: {name} is a value, not a section")
         values = inner
@@ -202,7 +205,7 @@ def _explain(model: type[BaseModel], detail: Any, prefix: tuple[str, ...]) -> st
             field_description = field.description or ""
             if isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel):
                 section = field.annotation
-    path = ".".join(location)
+    path = ".".join(location) or "the file"
     if detail["type"] == "extra_forbidden":
         near = difflib.get_close_matches(location[-1], section.model_fields, n=1)
         hint = f"did you mean {near[0]}? " if near else ""
@@ -217,7 +220,8 @@ def _allowed(section: type[BaseModel], name: str, detail: Any) -> str:
     alternatives = schema.get("anyOf", [schema])
     choices = [repr(value) for option in alternatives for value in option.get("enum", [])]
     choices += [repr(option["const"]) for option in alternatives if "const" in option]
-    choices += ["a whole number" for option in alternatives if option.get("type") == "integer"]
+    integers = [option for option in alternatives if option.get("type") == "integer"]
+    choices += [f"a whole number from {option.get('minimum', 0)}" for option in integers]
     choices += ["a list of names" for option in alternatives if option.get("type") == "array"]
     description = schema.get("description", "")
     allowed = f"allowed: {', '.join(choices)}" if choices else str(detail["msg"]).lower()

@@ -51,16 +51,12 @@ def replace_rows(
     added = pa.Table.from_pylist(rejects, schema.REJECTS)
     timings = json.loads(chunk.column("timings")[0].as_py())
     timings[stage] = time.time() - started
-    changed = {
-        "rows": schema.pack(rows),
-        "rejects": schema.pack(pa.concat_tables([earlier, added])),
-        "timings": json.dumps(timings),
-    }
-    for name, value in changed.items():
-        position = schema.CHUNKS.get_field_index(name)
-        field = schema.CHUNKS.field(name)
-        chunk = chunk.set_column(position, field, pa.array([value], field.type))
-    return chunk
+    columns = {name: chunk.column(name)[0].as_py() for name in ("stem", "chunk", "num_chunks", "error")}
+    columns["amendments"] = chunk.column("amendments")[0].as_buffer()
+    columns["rows"] = schema.pack(rows)
+    columns["rejects"] = schema.pack(pa.concat_tables([earlier, added]))
+    columns["timings"] = json.dumps(timings)
+    return schema.chunk_row(columns)
 
 
 def _decode(data: bytes, processor: CvtImageProcessor, max_pixels: int) -> dict[str, Any]:

@@ -9,7 +9,6 @@ from __future__ import annotations
 import json
 import logging
 import time
-import uuid
 from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -25,9 +24,10 @@ from pipeline.parts import put_in_place
 from pipeline.plan import Plan
 from pipeline.prepare import Prepared, find_checkpoint, make_plan, prepare
 from pipeline.report import write_report
+from pipeline.schema import safe_text
 from pipeline.shards import Work
 from pipeline.stop import Stop
-from pipeline.storage import STAGING, Storage
+from pipeline.storage import STAGING, Storage, unique_name
 from pipeline.tally import Tally
 
 if TYPE_CHECKING:
@@ -39,11 +39,6 @@ logger = logging.getLogger(__name__)
 
 
 OnProgress = Callable[[Tally], None]
-
-
-def run_name() -> str:
-    """A name that sorts by UTC time and is unique."""
-    return f"{datetime.now(UTC):%Y%m%dT%H%M%SZ}-{uuid.uuid4().hex[:6]}"
 
 
 def extract(
@@ -66,7 +61,7 @@ def extract(
         if cluster.has_gpu:
             prepared = prepared.with_precision("bfloat16")
     claim(output, prepared.fingerprint)
-    tally = Tally(run_name(), config.output.uri, prepared.fingerprint.digest, started=started)
+    tally = Tally(unique_name(), config.output.uri, prepared.fingerprint.digest, started=started)
     lease = acquire(output, tally.run, config.run.lease_s)
     try:
         plan, log = make_plan(prepared)
@@ -77,12 +72,15 @@ def extract(
         if plan.work:
             cluster = cluster or _connect(stop, verbose)
             _carry_out(prepared, plan, lease, tally, stop, on_progress)
-    except (Interrupted, LimitError) as reason:
+    except Interrupted as reason:
+        stop.signum = reason.signum  # Ray may have caught it before us
+        tally.stopped = str(reason)
+    except LimitError as reason:
         tally.stopped = str(reason)
     finally:
         if cluster:
             cluster.close()
-        output.delete_folder(STAGING)
+        output.delete_folder(f"{STAGING}/{tally.run}")
         lease.release()
     tally.ended = time.time()
     write_report(output, tally, config)
@@ -173,7 +171,7 @@ class _ShardsInProgress:
             return  # a chunk of a failed shard, or one that was delivered before
         shard.chunks.add(receipt["chunk"])
         if receipt["error"]:
-            name = shard.work.shard.name
+            name = safe_text(shard.work.shard.name)
             self._tally.failed_shards[name] = receipt["error"]
             logger.warning("shard %s is left out: %s", name, receipt["error"])
             del self._begun[stem]
@@ -203,10 +201,8 @@ class _ShardsInProgress:
         embeddings, rejects, reasons = files
         shard = self._complete.pop(work.stem)
         num_rejects = rejects.num_rows if rejects else 0
-        if not work.carried and (embeddings.num_rows, num_rejects) != (
-            shard.num_rows,
-            shard.rejects.total(),
-        ):
+        expected = len(work.shard.members) or shard.num_rows + shard.rejects.total()
+        if embeddings.num_rows + num_rejects != expected:
             raise RuntimeError(f"{work.stem}: the assembled rows are not those of the receipts")
         output = self._prepared.output
         self._lease.check()

@@ -69,7 +69,7 @@ def make_fingerprint(
             "dtype": config.output.dtype,
             "image_column": config.input.image_column,
             "id_column": config.input.id_column,
-            "metadata": {field.name: str(field.type) for field in metadata},
+            "metadata": [[field.name, str(field.type)] for field in metadata],
         },
     )
 

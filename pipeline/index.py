@@ -12,7 +12,6 @@ import json
 import logging
 import tempfile
 import time
-import uuid
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
@@ -30,7 +29,7 @@ from pipeline.commits import Commit, CommitLog
 from pipeline.errors import OutputError, SearchError
 from pipeline.fingerprint import Fingerprint, read_fingerprint
 from pipeline.recall import measure
-from pipeline.storage import Storage, sha256_of
+from pipeline.storage import Storage, sha256_of, unique_name
 
 INDEX, CURRENT = "index", "index/CURRENT"
 KEEP_VERSIONS = 2
@@ -102,7 +101,7 @@ def build_index(output: Storage) -> IndexRecord:
     served = _served(output, {commit.stem for commit in commits})
     if served is not None:
         return served
-    version = f"{datetime.now(UTC):%Y%m%dT%H%M%SZ}-{uuid.uuid4().hex[:6]}"
+    version = unique_name()
     index, shards, excluded = _add_all(output, version, commits, fingerprint)
     quality = measure(index)
     with output.replacing(f"{INDEX}/{version}/index.faiss") as local:
@@ -225,6 +224,23 @@ def read_record(output: Storage) -> IndexRecord:
         ) from error
 
 
+def read_ids(output: Storage, record: IndexRecord) -> pa.Table:
+    """INDEX_IDS of a record, in the order of faiss_id."""
+    path = f"{INDEX}/{record.version}/ids.parquet"
+    try:
+        with output.open(path) as file:
+            ids = pq.read_table(file, schema=schema.INDEX_IDS)
+    except (FileNotFoundError, pa.ArrowException) as error:
+        raise _damaged(output, path) from error
+    if ids.num_rows != record.num_vectors:
+        raise _damaged(output, path)
+    return ids
+
+
+def _damaged(output: Storage, path: str) -> SearchError:
+    return SearchError(f"{output.url(path)} is missing or damaged; run: cvt-pipeline index {output.uri}")
+
+
 def load_faiss(output: Storage, record: IndexRecord) -> Any:
     """The FAISS index of a record, its checksum compared before it is parsed."""
     path = f"{INDEX}/{record.version}/index.faiss"
@@ -237,7 +253,5 @@ def load_faiss(output: Storage, record: IndexRecord) -> Any:
         except FileNotFoundError:
             intact = False
         if not intact:
-            raise SearchError(
-                f"{output.url(path)} is missing or damaged; run: cvt-pipeline index {output.uri}"
-            )
+            raise _damaged(output, path)
         return faiss.read_index(str(local))

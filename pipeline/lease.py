@@ -15,7 +15,7 @@ from dataclasses import asdict, dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
 
-from pipeline.errors import BusyError
+from pipeline.errors import BusyError, OutputError
 from pipeline.storage import Storage
 
 FOLDER = "lease"
@@ -113,6 +113,11 @@ def _read(output: Storage, path: str) -> Holder | None:
         return Holder(**json.loads(output.read_bytes(path)))
     except FileNotFoundError:
         return None
+    except (ValueError, TypeError) as error:
+        raise OutputError(
+            f"{output.url(path)}: not a lease of this program ({error!r}); "
+            "make sure that no run is at work, then delete it"
+        ) from error
 
 
 def _encode(holder: Holder) -> bytes:
@@ -120,8 +125,10 @@ def _encode(holder: Holder) -> bytes:
 
 
 def _boot() -> str:
+    """This boot and process namespace: within one of each, process numbers mean the same."""
     try:
-        return Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+        boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+        return f"{boot} {Path('/proc/self/ns/pid').readlink()}"
     except OSError:
         return ""
 

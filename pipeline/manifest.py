@@ -20,8 +20,8 @@ import pyarrow.parquet as pq
 
 from pipeline import schema
 from pipeline.errors import InputError
-from pipeline.shards import Listing, Member, Work
-from pipeline.storage import parent_and_name
+from pipeline.shards import PARQUET_SUFFIXES, Listing, Member, Work
+from pipeline.storage import Storage, parent_and_name
 
 URI_COLUMNS = ("uri", "url", "image_uri", "image_url", "path", "file_name", "filename", "image")
 
@@ -31,13 +31,9 @@ class Manifest:
 
     def __init__(self, listing: Listing, image_column: str | None) -> None:
         self.url = listing.root.url(listing.files[0].path)
-        self._table = _read_table(listing)
-        self._column = image_column or _find_column(self._table.schema, self.url)
-        if self._column not in self._table.column_names:
-            raise InputError(
-                f"input.image_column: {self.url} has no column {self._column}; "
-                f"it has {', '.join(self._table.column_names)}"
-            )
+        self._table, self._column = _read_table(listing, image_column)
+        if not self._table.num_rows:
+            raise InputError(f"input.uri: the manifest {self.url} has no rows")
         self._rows: dict[tuple[str, int], int] = {}
 
     @property
@@ -51,9 +47,8 @@ class Manifest:
         seen: Counter[str] = Counter()
         members: list[Member] = []
         for batch in self._table.select([self._column, *names]).to_batches(max_chunksize=10_000):
-            for values in batch.to_pylist():
-                uri = values.pop(self._column)
-                path = "" if uri is None else str(uri)
+            for values in self._rows_of(batch):
+                path = _text(values.pop(self._column))
                 text = json.dumps(values, sort_keys=True, default=repr) if names else ""
                 version = hashlib.sha256(text.encode()).hexdigest()[:16] if names else ""
                 member = Member(path, 0, version, seen[path])
@@ -61,6 +56,14 @@ class Manifest:
                 seen[path] += 1
                 members.append(member)
         return members
+
+    def _rows_of(self, batch: pa.RecordBatch) -> list[dict[str, Any]]:
+        try:
+            return batch.to_pylist()  # type: ignore[no-any-return]
+        except (UnicodeDecodeError, OverflowError) as error:
+            raise InputError(
+                f"input.uri: a value of the manifest {self.url} is not valid: {error}"
+            ) from error
 
     def attach(self, work: Work, metadata: list[pa.Field]) -> Work:
         """`work` with the metadata rows of its members, packed as text for the journey."""
@@ -89,27 +92,56 @@ def resolve_uri(manifest_uri: str, uri: str) -> str:
     return f"{folder}/{uri}"
 
 
-def _read_table(listing: Listing) -> pa.Table:
+def _read_table(listing: Listing, image_column: str | None) -> tuple[pa.Table, str]:
+    """The manifest and the name of its column of URIs, which are read as text, whatever they look like."""
     name = listing.files[0].path
+    url = listing.root.url(name)
     try:
+        names = _column_names(listing.root, name)
+        column = _choose_column(names, url, image_column)
         with listing.root.open(name) as file:
             if name.lower().endswith(".csv"):
-                return pa_csv.read_csv(file)
-            if name.lower().endswith((".parquet", ".pq")):
-                return pq.read_table(file)
-            return pa_json.read_json(file)
-    except (pa.ArrowException, OSError) as error:
+                types = pa_csv.ConvertOptions(column_types={column: pa.binary()})
+                return pa_csv.read_csv(file, convert_options=types), column
+            if name.lower().endswith(PARQUET_SUFFIXES):
+                return pq.read_table(file), column
+            text = pa.schema([pa.field(column, pa.string())])
+            return pa_json.read_json(file, parse_options=pa_json.ParseOptions(text)), column
+    except (pa.ArrowException, OSError, ValueError, KeyError, AttributeError) as error:
         raise InputError(
-            f"input.uri: cannot read the manifest {listing.root.url(name)}: {error}; "
-            "a manifest is .csv with a header, .jsonl (an object a line) or .parquet"
+            f"input.uri: cannot read the manifest {url}: {error}; "
+            "a manifest is .csv with a header, .jsonl (an object a line) or .parquet, in UTF-8"
         ) from error
 
 
-def _find_column(table_schema: pa.Schema, url: str) -> str:
-    found = next((name for name in URI_COLUMNS if name in table_schema.names), None)
+def _column_names(root: Storage, name: str) -> list[str]:
+    with root.open(name) as file:
+        if name.lower().endswith(".csv"):
+            return list(pa_csv.open_csv(file).schema.names)
+        if name.lower().endswith(PARQUET_SUFFIXES):
+            return list(pq.read_schema(file).names)
+        return list(json.loads(file.readline()))
+
+
+def _choose_column(names: list[str], url: str, image_column: str | None) -> str:
+    twice = [name for name, count in Counter(names).items() if count > 1]
+    if twice:
+        raise InputError(f"input.uri: {url} has several columns called {', '.join(twice)}; rename them")
+    if image_column is not None and image_column not in names:
+        raise InputError(
+            f"input.image_column: {url} has no column {image_column}; it has {', '.join(names)}"
+        )
+    found = image_column or next((name for name in URI_COLUMNS if name in names), None)
     if found is None:
         raise InputError(
             f"input.image_column: no column of {url} is called {', '.join(URI_COLUMNS)}; "
-            f"say which of {', '.join(table_schema.names)} holds the images' URIs"
+            f"say which of {', '.join(names)} holds the images' URIs"
         )
     return found
+
+
+def _text(uri: object) -> str:
+    """A URI as text; bytes that are no UTF-8 stay what they are, as in file names."""
+    if isinstance(uri, bytes):
+        return uri.decode("utf-8", "surrogateescape")
+    return "" if uri is None else str(uri)

@@ -7,10 +7,11 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
+from pipeline import schema
 from pipeline.commits import Commit, CommitLog
 from pipeline.errors import ShardError
 from pipeline.fingerprint import read_fingerprint
-from pipeline.readers import ReadOptions, Sample, reader_of
+from pipeline.readers import Amendment, ReadOptions, Sample, reader_of
 from pipeline.schema import safe_text
 from pipeline.shards import Shard, Work
 from pipeline.storage import Storage
@@ -37,17 +38,22 @@ class Originals:
         if commit is None:
             return None
         try:
-            for sample in self._samples(commit, key):
-                if sample.key == key and sample.data is not None:
-                    return sample.data
+            return self._find(commit, key)
         except (ShardError, OSError):
             return None
+
+    def _find(self, commit: Commit, key: str) -> bytes | None:
+        for item in self._read(commit, key):
+            if isinstance(item, Amendment):
+                if item.columns.get(schema.KEY) == key:  # it was read under another key
+                    return self._find(commit, item.amended_key)
+            elif item.key == key and item.data is not None:
+                return item.data
         return None
 
-    def _samples(self, commit: Commit, key: str) -> Iterator[Sample]:
+    def _read(self, commit: Commit, key: str) -> Iterator[Sample | Amendment]:
         shard = commit.shard
         if shard.members:
             one = tuple(member for member in shard.members if safe_text(member.path) == key)[:1]
             shard = Shard(shard.name, shard.uri, shard.format, members=one)
-        samples = reader_of(shard.format)(Work(shard, commit.stem), self._options)
-        return (sample for sample in samples if isinstance(sample, Sample))
+        return reader_of(shard.format)(Work(shard, commit.stem), self._options)

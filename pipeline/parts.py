@@ -23,7 +23,6 @@ from pipeline.commits import EMBEDDINGS, REJECTS, DataFile
 from pipeline.shards import Work
 from pipeline.storage import STAGING, Storage, sha256_of
 
-AMENDMENTS = "amendments"
 _GROUP_ROWS, _GROUP_BYTES = 4096, 2**26
 
 Amendments = dict[str, dict[str, Any]]
@@ -31,25 +30,20 @@ Amendments = dict[str, dict[str, Any]]
 
 
 def write_chunk(chunk: pa.Table, output: Storage, run: str) -> pa.Table:
-    """Write the parts of a CHUNK of embeddings rows, of one row; returns its RECEIPTS row."""
+    """Write a CHUNK of embeddings rows as one part; returns its RECEIPTS row.
+
+    One file holds all of a chunk, so that a retry replaces all of it.
+    """
     started = time.time()
-    receipt = {name: chunk.column(name)[0].as_py() for name in schema.CHUNKS.names[:3]}
-    tables = {
-        EMBEDDINGS: schema.unpack(chunk.column("rows")[0]),
-        REJECTS: schema.unpack(chunk.column("rejects")[0]),
-        AMENDMENTS: schema.unpack(chunk.column("amendments")[0]),
-    }
-    for kind, table in tables.items():
-        if table is not None and table.num_rows:
-            path = f"{STAGING}/{run}/{receipt['stem']}/{receipt['chunk']:08d}.{kind}.parquet"
-            with output.replacing(path) as local:
-                pq.write_table(table, local, compression="none", use_dictionary=False)
-    timings = json.loads(chunk.column("timings")[0].as_py())
-    rows, rejects = tables[EMBEDDINGS], tables[REJECTS]
+    receipt = {name: chunk.column(name)[0].as_py() for name in ("stem", "chunk", "num_chunks", "error")}
+    rows, rejects = (schema.unpack(chunk.column(name)[0]) for name in ("rows", "rejects"))
     assert rows is not None
     assert rejects is not None
+    part = f"{STAGING}/{run}/{receipt['stem']}/{receipt['chunk']:08d}.arrow"
+    with output.replacing(part) as local, pa.ipc.new_file(str(local), schema.CHUNKS) as writer:
+        writer.write_table(chunk.select(schema.CHUNKS.names))
+    timings = json.loads(chunk.column("timings")[0].as_py())
     receipt |= {
-        "error": chunk.column("error")[0].as_py(),
         "timings": json.dumps(timings | {"write": time.time() - started}),
         "num_rows": rows.num_rows,
         "rejects_by_reason": json.dumps(Counter(rejects.column("reason").to_pylist())),
@@ -66,11 +60,11 @@ def assemble(
     members are copied from the files that this shard supersedes.
     """
     parts = [info.path for info in output.find(f"{STAGING}/{run}/{work.stem}")]
-    amendments = _read_amendments(output, parts)
+    amendments = _amendments(_read_part(output, parts[-1], "amendments"))
     reasons: dict[str, int] = defaultdict(int)
-    tables = _parts(output, work, parts, EMBEDDINGS, amendments)
-    embeddings = _write_file(output, run, EMBEDDINGS, work.stem, tables, table_schema)
-    counted = _count(_parts(output, work, parts, REJECTS, amendments), reasons)
+    rows = _tables(output, work, parts, "rows", EMBEDDINGS, amendments)
+    embeddings = _write_file(output, run, EMBEDDINGS, work.stem, rows, table_schema)
+    counted = _count(_tables(output, work, parts, "rejects", REJECTS, amendments), reasons)
     rejects = _write_file(output, run, REJECTS, work.stem, counted, schema.REJECTS)
     return embeddings, rejects if rejects.num_rows else None, dict(reasons)
 
@@ -80,22 +74,30 @@ def put_in_place(output: Storage, run: str, file: DataFile) -> None:
     output.move(f"{STAGING}/{run}/{file.path}", file.path)
 
 
-def _parts(
-    output: Storage, work: Work, parts: list[str], kind: str, amendments: Amendments
+def _read_part(output: Storage, path: str, cell: str) -> pa.Table | None:
+    with output.open(path) as file, pa.ipc.open_file(file) as reader:
+        return schema.unpack(reader.read_all().column(cell)[0])
+
+
+def _tables(
+    output: Storage, work: Work, parts: list[str], cell: str, kind: str, amendments: Amendments
 ) -> Iterator[pa.Table]:
+    """What the chunks hold in `cell`, in their order; then what is carried over of superseded files."""
     for path in parts:
-        if path.endswith(f".{kind}.parquet"):
-            with output.open(path) as file:
-                yield _amend(pq.read_table(file), amendments)
+        table = _read_part(output, path, cell)
+        assert table is not None
+        if table.num_rows:
+            yield _amend(table, amendments)
     if not work.carried:
         return
     keys = pa.array([schema.safe_text(path) for path in work.carried], pa.string())
     for path in [f"{kind}/{stem}.parquet" for stem in work.supersedes]:
-        if output.exists(path):
-            with output.open(path) as file:
-                for batch in pq.ParquetFile(file).iter_batches():
-                    table = pa.Table.from_batches([batch])
-                    yield table.filter(pc.is_in(table.column(schema.KEY), keys))
+        if kind == REJECTS and not output.exists(path):
+            continue  # no image of that shard failed
+        with output.open(path) as file:
+            for batch in pq.ParquetFile(file).iter_batches():
+                table = pa.Table.from_batches([batch])
+                yield table.filter(pc.is_in(table.column(schema.KEY), keys))
 
 
 def _count(tables: Iterable[pa.Table], reasons: dict[str, int]) -> Iterator[pa.Table]:
@@ -136,14 +138,11 @@ def _row_groups(tables: Iterable[pa.Table], file_schema: pa.Schema) -> Iterator[
         yield pa.concat_tables(pending).combine_chunks()
 
 
-def _read_amendments(output: Storage, parts: list[str]) -> Amendments:
+def _amendments(table: pa.Table | None) -> Amendments:
     amendments: Amendments = {}
-    for path in parts:
-        if path.endswith(f".{AMENDMENTS}.parquet"):
-            with output.open(path) as file:
-                for row in pq.read_table(file).to_pylist():
-                    columns = {name: value for name, value in row.items() if value is not None}
-                    amendments[columns.pop("amended_key")] = columns
+    for row in table.to_pylist() if table is not None else ():
+        columns = {name: value for name, value in row.items() if value is not None}
+        amendments[columns.pop("amended_key")] = columns
     return amendments
 
 

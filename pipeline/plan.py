@@ -14,7 +14,7 @@ from dataclasses import dataclass
 
 from pipeline.commits import Commit, CommitLog
 from pipeline.errors import InputError
-from pipeline.shards import Listing, Member, Shard, Work, escape, name_part
+from pipeline.shards import Listing, Member, Shard, Work, file_name, name_part
 
 GROUP_PREFIX = "images-"
 
@@ -54,7 +54,7 @@ def plan_files(listing: Listing, log: CommitLog, fingerprint: str) -> Plan:
         if stem in log.live:
             seen.add(stem)
             continue
-        namesakes = log.read(live_by_name.get(escape(file.path), ()))
+        namesakes = log.read(live_by_name.get(file_name(file.path), ()))
         older = [commit for commit in namesakes if commit.shard.name == shard.name]
         for commit in older:
             _refuse_other_root(commit.shard.uri, uri, file.path)

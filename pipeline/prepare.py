@@ -79,7 +79,7 @@ def find_checkpoint(config: Config) -> Checkpoint:
 
 def prepare(config: Config, output: Storage, checkpoint: Checkpoint, default_precision: str) -> Prepared:
     """List the input, settle the fingerprint. `default_precision`: what auto means for a new output."""
-    listing = _without_output(list_input(config.input), output)
+    listing = list_input(config.input, output)
     existing = read_fingerprint(output)
     manifest = Manifest(listing, config.input.image_column) if listing.format == "manifest" else None
     metadata = _metadata_fields(config, listing, manifest, existing)
@@ -88,18 +88,6 @@ def prepare(config: Config, output: Storage, checkpoint: Checkpoint, default_pre
         precision = existing.precision if existing else default_precision  # type: ignore[assignment]
     fingerprint = make_fingerprint(config, checkpoint, precision, metadata)
     return Prepared(config, output, listing, checkpoint, fingerprint, tuple(metadata), manifest)
-
-
-def _without_output(listing: Listing, output: Storage) -> Listing:
-    """The listing less what lies in the output folder, which may be inside the input's."""
-    here, root = output.url("").rstrip("/") + "/", listing.root.url("").rstrip("/") + "/"
-    if here == root:
-        raise ConfigError("output.uri: is the input's own folder; choose a folder of its own")
-    if not here.startswith(root):
-        return listing
-    prefix = here.removeprefix(root)
-    files = tuple(file for file in listing.files if not file.path.startswith(prefix))
-    return replace(listing, files=files)
 
 
 def make_plan(prepared: Prepared) -> tuple[Plan, CommitLog]:
@@ -125,7 +113,7 @@ def _metadata_fields(
     if not wanted:
         return []
     if wanted == "all" and existing is not None:
-        wanted = tuple(existing.columns["metadata"])
+        wanted = tuple(name for name, _ in existing.columns["metadata"])
     if listing.format == "images":
         if wanted == "all":
             return []
@@ -167,11 +155,11 @@ def _parquet_columns(config: Config, listing: Listing) -> list[pa.Field]:
                 found = pq.read_schema(stream)
         except (pa.ArrowException, OSError):
             continue  # told as a failed shard, by name, when it is read
-        image = config.input.image_column or find_image_column(found, file.path)
-        for key, column in (("image_column", image), ("id_column", config.input.id_column)):
-            if column and column not in found.names:
-                columns = ", ".join(found.names)
-                raise ConfigError(f"input.{key}: {file.path} has no column {column}; it has {columns}")
+        image = find_image_column(found, file.path, config.input.image_column)
+        id_column = config.input.id_column
+        if id_column and id_column not in found.names:
+            columns = ", ".join(found.names)
+            raise ConfigError(f"input.id_column: {file.path} has no column {id_column}; it has {columns}")
         return [column for column in found if column.name not in (image, config.input.id_column)]
     return []
 

@@ -7,12 +7,13 @@ it is a reject after all.
 
 from __future__ import annotations
 
+import errno
 from collections import deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 
-from pipeline.errors import ConfigError, ShardError
+from pipeline.errors import ConfigError, ShardError, StorageError
 from pipeline.manifest import resolve_uri, unpack_metadata
 from pipeline.readers import ReadOptions, Sample
 from pipeline.schema import RejectReason, safe_text
@@ -21,23 +22,36 @@ from pipeline.storage import Storage, open_filesystem, storage_errors
 
 _THREADS = 16
 _AHEAD = 32
-_MISSING = (FileNotFoundError, PermissionError, IsADirectoryError, NotADirectoryError)
+_AHEAD_BYTES = 2**28
+_PIECE_BYTES = 2**20
+# Errors that belong to one path, not to the storage: the image is a reject, its neighbours are read.
+_OF_ONE_PATH = {
+    errno.EACCES,
+    errno.EISDIR,
+    errno.ELOOP,
+    errno.ENAMETOOLONG,
+    errno.ENOENT,
+    errno.ENOTDIR,
+    errno.ENXIO,
+    errno.EPERM,
+}
+_NO_SUCH_URI = (ConfigError, ValueError, TypeError, AttributeError, KeyError)  # as fsspec tells it
 
 
 def read_samples(work: Work, options: ReadOptions) -> Iterator[Sample]:
     """The members of a group in their order; those that the commit can copy are left out."""
     metadata = unpack_metadata(work.metadata, len(work.shard.members))
     open_member = _opener(work)
-    waiting: deque[Future[Sample]] = deque()
+    waiting: deque[tuple[int, Future[Sample]]] = deque()
     with ThreadPoolExecutor(_THREADS) as pool:
         for member, columns in zip(work.shard.members, metadata, strict=True):
             if member.path in work.carried:
                 continue
-            waiting.append(pool.submit(_read, open_member, member, columns, options))
-            if len(waiting) >= _AHEAD:
-                yield waiting.popleft().result()
+            waiting.append((member.size, pool.submit(_read, open_member, member, columns, options)))
+            while len(waiting) >= _AHEAD or sum(size for size, _ in waiting) > _AHEAD_BYTES:
+                yield waiting.popleft()[1].result()
         while waiting:
-            yield waiting.popleft().result()
+            yield waiting.popleft()[1].result()
 
 
 def _opener(work: Work) -> Callable[[Member], Any]:
@@ -72,16 +86,36 @@ def _read(
     if member.size > options.max_image_bytes:
         return reject("too_large", f"{member.size:,} bytes are {too_large}")
     try:
-        with open_member(member) as file:
-            data = file.read(options.max_image_bytes + 1)
-    except _MISSING as error:
-        return reject("unreadable", f"cannot be opened: {error.strerror or error}")
-    except ConfigError as error:
-        return reject("unreadable", str(error))
+        file = open_member(member)
+    except _NO_SUCH_URI as error:
+        return reject("unreadable", f"not a URI that can be opened: {error}")
     except storage_errors() as error:
-        if member.path.startswith(("http://", "https://")):
-            return reject("unreadable", f"cannot be fetched: {error}")
-        raise ShardError(f"storage failed while {name} was read: {error}") from error
+        return _refused(error, member, name, reject)
+    try:
+        with file:
+            data = _read_at_most(file, options.max_image_bytes + 1)
+    except storage_errors() as error:
+        return _refused(error, member, name, reject)
     if len(data) > options.max_image_bytes:
         return reject("too_large", f"it is {too_large}")
     return Sample(name, name, data, metadata)
+
+
+def _read_at_most(file: Any, limit: int) -> bytes:
+    pieces: list[bytes] = []
+    while limit > 0 and (piece := file.read(min(limit, _PIECE_BYTES))):
+        pieces.append(piece)
+        limit -= len(piece)
+    return b"".join(pieces)
+
+
+def _refused(
+    error: Exception, member: Member, name: str, reject: Callable[[RejectReason, str], Sample]
+) -> Sample:
+    """A reject where the path is at fault; ShardError where the storage is."""
+    cause = error.__cause__ if isinstance(error, StorageError) else error
+    if isinstance(cause, FileNotFoundError) or getattr(cause, "errno", None) in _OF_ONE_PATH:
+        return reject("unreadable", f"cannot be opened: {getattr(cause, 'strerror', None) or cause}")
+    if member.path.startswith(("http://", "https://")):
+        return reject("unreadable", f"cannot be fetched: {cause}")
+    raise ShardError(f"storage failed while {name} was read: {error}") from error

@@ -12,12 +12,13 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from pipeline.errors import InputError, ShardError
-from pipeline.readers import ReadOptions, Sample
+from pipeline.readers import CHUNK_BYTES, ReadOptions, Sample
 from pipeline.schema import safe_text
 from pipeline.shards import Work
 from pipeline.storage import Storage, parent_and_name, storage_errors
 
 _BATCH_ROWS = 64
+_BUFFER_BYTES = 2**20  # read a column's pages as they are needed, not a whole row group
 
 
 def read_samples(work: Work, options: ReadOptions) -> Iterator[Sample]:
@@ -25,21 +26,39 @@ def read_samples(work: Work, options: ReadOptions) -> Iterator[Sample]:
     folder, name = parent_and_name(work.shard.uri)
     try:
         with Storage(folder).open(name) as file:
-            parquet = pq.ParquetFile(file)
-            image_column = options.image_column or find_image_column(parquet.schema_arrow, name)
+            parquet = pq.ParquetFile(file, pre_buffer=False, buffer_size=_BUFFER_BYTES)
+            image_column = find_image_column(parquet.schema_arrow, name, options.image_column)
             wanted = _columns(parquet.schema_arrow, image_column, options, name)
             number = 0
-            for batch in parquet.iter_batches(_BATCH_ROWS, columns=wanted):
+            for batch in parquet.iter_batches(_batch_rows(parquet), columns=wanted):
                 for row in _rows(batch, options):
                     yield _sample(work, row, number, image_column, options)
                     number += 1
-    except (pa.ArrowException, InputError, *storage_errors()) as error:
+    except (pa.ArrowException, InputError, ValueError, OverflowError, *storage_errors()) as error:
         raise ShardError(f"not readable to its end: {error}") from error
 
 
-def find_image_column(table_schema: pa.Schema, name: str) -> str:
-    """The column called image, or the only one that can hold images; InputError otherwise."""
+def _batch_rows(parquet: pq.ParquetFile) -> int:
+    """Rows that are about as many bytes as a chunk may have, by the file's own account."""
+    groups = [parquet.metadata.row_group(n) for n in range(parquet.metadata.num_row_groups)]
+    largest = max((group.total_byte_size / max(1, group.num_rows) for group in groups), default=1.0)
+    return max(1, min(_BATCH_ROWS, int(CHUNK_BYTES / max(1.0, largest))))
+
+
+def find_image_column(table_schema: pa.Schema, name: str, wanted: str | None = None) -> str:
+    """`wanted`, or the column called image, or the only one that can hold images.
+
+    Raises InputError where there is no such column, or it holds something else than bytes.
+    """
     able = [column.name for column in table_schema if _holds_images(column.type)]
+    if wanted is not None:
+        if wanted not in able:
+            columns = ", ".join(f"{column.name} ({column.type})" for column in table_schema)
+            raise InputError(
+                f"input.image_column: {name} has no column {wanted} of bytes, or of a struct of bytes and "
+                f"path; its columns: {columns}"
+            )
+        return wanted
     if "image" in able:
         return "image"
     if len(able) == 1:

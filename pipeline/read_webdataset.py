@@ -68,7 +68,8 @@ class _Seen:
     """
 
     lone_extension: str | None
-    keys: list[str]
+    keys: list[str] = field(default_factory=list)
+    metadata: dict[str, str] = field(default_factory=dict)
 
 
 class _ForwardFile:
@@ -76,11 +77,16 @@ class _ForwardFile:
 
     def __init__(self, raw: BinaryIO) -> None:
         self._raw, self._position, self.last = raw, 0, b""
+        self._ended = False
 
     def read(self, size: int = -1) -> bytes:
         data = self._raw.read(size)
         while size > len(data) and (more := self._raw.read(size - len(data))):
             data += more
+        if not data and size:
+            if self._ended:  # tarfile would ask for ever in the middle of a sparse map
+                raise EOFError(f"the archive is cut off at byte {self._position:,}")
+            self._ended = True
         self._position += len(data)
         self.last = data
         return data
@@ -105,7 +111,16 @@ def read_samples(work: Work, options: ReadOptions) -> Iterator[Sample | Amendmen
             zipped = not name.lower().endswith(".tar")
             stream = cast(BinaryIO, gzip.GzipFile(fileobj=file)) if zipped else file
             yield from _Grouper(prefix, options).group(_members(_ForwardFile(stream), options))
-    except (tarfile.TarError, zlib.error, EOFError, *storage_errors()) as error:  # type: ignore[misc]
+    except (
+        tarfile.TarError,
+        zlib.error,
+        EOFError,
+        ValueError,  # and the rest: what tarfile raises for headers that are damaged or made to do harm
+        IndexError,
+        OverflowError,
+        RecursionError,
+        *storage_errors(),  # type: ignore[misc]
+    ) as error:
         raise ShardError(f"not readable to its end: {error or type(error).__name__}") from error
 
 
@@ -124,7 +139,7 @@ def _members(stream: _ForwardFile, options: ReadOptions) -> Iterator[_Sample]:
                     yield current
                 current = _Sample(key)
             if column:
-                current.metadata[extension] = _text(archive, member)
+                current.metadata[extension] = _text(archive, member, options)
             elif image:
                 current.images.append(_image(archive, member, extension, options))
     if current is not None:
@@ -158,22 +173,22 @@ class _Grouper:
     def group(self, runs: Iterator[_Sample]) -> Iterator[Sample | Amendment]:
         for run in runs:
             yield from self._images(run)
-        for key in self._metadata.keys() - self._seen.keys():
+        for key in self._metadata:
             message = "the archive has metadata for this key, and no image"
             yield Sample(self._prefix + key, key, None, {}, "no_image", message)
         for key, columns in self._late.items():
             yield Amendment(key, columns)
 
     def _images(self, run: _Sample) -> Iterator[Sample]:
-        metadata = self._metadata.pop(run.key, {}) | run.metadata
         seen = self._seen.get(run.key)
         if seen is None and not run.images:
-            self._metadata[run.key] = metadata
+            self._metadata.setdefault(run.key, {}).update(run.metadata)
             return
         if seen is None:
             extensions = {image.extension for image in run.images}
             lone = run.images[0].extension if len(extensions) == 1 else None
-            seen = self._seen[run.key] = _Seen(lone, [])
+            seen = self._seen[run.key] = _Seen(lone, metadata=self._metadata.pop(run.key, {}))
+        metadata = seen.metadata = seen.metadata | run.metadata
         for key in seen.keys if run.metadata else ():
             self._late.setdefault(key, {}).update(run.metadata)
         for image in run.images:
@@ -213,7 +228,12 @@ def _is_image(extension: str) -> bool:
     return extension.rpartition(".")[2] in _image_extensions()
 
 
-def _text(archive: tarfile.TarFile, member: tarfile.TarInfo) -> str:
+def _text(archive: tarfile.TarFile, member: tarfile.TarInfo, options: ReadOptions) -> str:
+    if member.size > options.max_image_bytes:
+        raise ShardError(
+            f"{safe_text(member.name)} has {member.size:,} bytes of metadata, "
+            f"over limits.max_image_bytes = {options.max_image_bytes:,}"
+        )
     file = archive.extractfile(member) if member.isfile() else None
     return file.read().decode("utf-8", "backslashreplace") if file else ""
 

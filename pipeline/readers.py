@@ -1,6 +1,6 @@
 """A shard to samples, streaming: the read stage.
 
-Enters: a Work. Leaves: CHUNK rows of at most `chunk_images` encoded images or 64 MB, whichever comes
+Enters: a Work. Leaves: CHUNK rows of at most `chunk_images` encoded images or 32 MB, whichever comes
 first, so that a shard of any size passes through bounded memory. A sample that cannot be read is a
 reject; a shard that cannot be read to its end yields one last row with its error, and nothing of it is
 committed. Each layout is a generator of `Sample`s; this module packs them.
@@ -21,7 +21,7 @@ from pipeline.errors import ShardError
 from pipeline.schema import RejectReason
 from pipeline.shards import Work
 
-CHUNK_BYTES = 64 * 2**20
+CHUNK_BYTES = 32 * 2**20
 
 
 @dataclass(frozen=True)
@@ -118,7 +118,7 @@ class _Packer:
         if isinstance(sample, Amendment):
             self._amendments.append(sample)
         elif sample.image_id in self._ids:
-            self._rejects.append(_duplicate(sample))
+            self._rejects.append(sample if sample.reason == "no_image" else _duplicate(sample))
         else:
             self._ids.add(sample.image_id)
             (self._rejects if sample.data is None else self._samples).append(sample)
@@ -134,12 +134,12 @@ class _Packer:
             "rows": schema.pack(self._samples_table()),
             "rejects": schema.pack(rejects_table(self._work.shard.name, self._rejects)),
             "amendments": self._packed_amendments() if last else None,
-            "error": error,
+            "error": schema.safe_text(error) if error else None,
             "timings": json.dumps(timings),
         }
         self._chunk += 1
         self._start()
-        return pa.Table.from_pylist([row], schema.CHUNKS)
+        return schema.chunk_row(row)
 
     def _samples_table(self) -> pa.Table:
         samples = self._samples
@@ -153,7 +153,7 @@ class _Packer:
             columns[name] = [sample.metadata.get(name) for sample in samples]
         return pa.Table.from_pydict(columns, self._samples_schema)
 
-    def _packed_amendments(self) -> bytes | None:
+    def _packed_amendments(self) -> pa.Buffer | None:
         if not self._amendments:
             return None
         names = [schema.IMAGE_ID, schema.KEY, *self._options.metadata_names]

@@ -13,6 +13,7 @@ import os
 import queue
 import signal
 import threading
+import warnings
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -112,6 +113,8 @@ class Cluster:
         context.target_max_block_size = context.target_min_block_size = 1  # a block a chunk
         for name in ("ray", "ray.data"):
             logging.getLogger(name).setLevel(level)
+        if not verbose:
+            warnings.filterwarnings("ignore", category=UserWarning, module=r"ray\.")
 
     @property
     def has_gpu(self) -> bool:

@@ -29,7 +29,7 @@ from pipeline.commits import EMBEDDINGS
 from pipeline.config import DEFAULT_MAX_PIXELS
 from pipeline.errors import FingerprintError, SearchError
 from pipeline.fingerprint import read_fingerprint
-from pipeline.index import INDEX, Vectors, load_faiss, normalize, read_record, usable
+from pipeline.index import Vectors, load_faiss, normalize, read_ids, read_record, usable
 from pipeline.storage import Storage, open_filesystem, storage_errors
 
 _COLUMNS = (schema.IMAGE_ID, schema.SHARD, schema.KEY, "label", "label_id", "score", "width", "height")
@@ -68,6 +68,7 @@ class Searcher:
         self.record = read_record(output)
         self._index = load_faiss(output, self.record)
         self._first_ids = [shard.first_id for shard in self.record.shards]
+        self._ids = read_ids(output, self.record)
 
     def by_vector(self, vector: Vectors, k: int = 10) -> list[Hit]:
         """The k nearest images of one embedding (D,), not necessarily normalised, best first."""
@@ -123,11 +124,6 @@ class Searcher:
         return embedding_BD[0].numpy()  # type: ignore[no-any-return]
 
     @cached_property
-    def _ids(self) -> pa.Table:
-        with self._output.open(f"{INDEX}/{self.record.version}/ids.parquet") as file:
-            return pq.read_table(file)
-
-    @cached_property
     def _embedder(self) -> tuple[CvtImageProcessor, Any]:
         from pipeline.embed import Embedder, EmbedOptions  # torch, which other searches do not need
 
@@ -172,9 +168,8 @@ class Searcher:
     def _rows(self, number: int, faiss_ids: list[int]) -> dict[int, dict[str, Any]]:
         """The committed rows of some ids of one shard; the id alone where the shard's file is gone."""
         shard = self.record.shards[number]
-        with self._output.open(f"{INDEX}/{self.record.version}/ids.parquet") as file:
-            names = pq.ParquetFile(file).read_row_group(number).column(schema.IMAGE_ID)
-        wanted = {names[faiss_id - shard.first_id].as_py(): faiss_id for faiss_id in faiss_ids}
+        names = self._ids.column(schema.IMAGE_ID)
+        wanted = {names[faiss_id].as_py(): faiss_id for faiss_id in faiss_ids}
         found = {faiss_id: {schema.IMAGE_ID: name} for name, faiss_id in wanted.items()}
         try:
             with self._output.open(f"{EMBEDDINGS}/{shard.stem}.parquet") as file:
@@ -202,11 +197,13 @@ def read_vector(path: Path) -> Vectors:
     """A query vector from a .npy file of shape (D,) or (1, D). Never loads a pickle."""
     try:
         vector = np.load(path, allow_pickle=False)
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, EOFError) as error:
         raise SearchError(f"cannot read the query vector {path}: {error}; expected a .npy file") from error
-    if vector.dtype.kind not in "fiu" or vector.size != vector.shape[-1:][0]:
+    if not isinstance(vector, np.ndarray):
+        raise SearchError(f"{path}: expected a .npy file of one array, found several")
+    if vector.dtype.kind not in "fiu" or vector.ndim not in (1, 2) or vector.size != vector.shape[-1]:
         raise SearchError(f"{path}: expected one vector of numbers, found {vector.dtype}{vector.shape}")
-    return vector.ravel().astype(np.float32)  # type: ignore[no-any-return]
+    return vector.ravel().astype(np.float32)
 
 
 @dataclass(frozen=True)

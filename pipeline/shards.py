@@ -21,6 +21,7 @@ from pipeline.storage import FileInfo, Storage, parent_and_name, split_glob, sto
 
 TAR_SUFFIXES = (".tar", ".tar.gz", ".tgz")
 PARQUET_SUFFIXES = (".parquet", ".pq")
+IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".avif")
 MANIFEST_SUFFIXES = (".csv", ".jsonl", ".ndjson")
 _DIGEST_LENGTH = 16
 
@@ -60,7 +61,7 @@ class Shard:
         """`<shard>-<digest>`, the name of its files; differs whenever identity or fingerprint does."""
         content = json.dumps([dataclasses.astuple(self), fingerprint])
         digest = hashlib.sha256(content.encode()).hexdigest()[:_DIGEST_LENGTH]
-        return f"{escape(self.name)}-{digest}"
+        return f"{file_name(self.name)}-{digest}"
 
 
 @dataclass(frozen=True)
@@ -113,17 +114,28 @@ def escape(name: str) -> str:
     return safe.decode()[:150]
 
 
+def file_name(name: str) -> str:
+    """`escape(name)`, with an x before a leading `_` or `.`: many Parquet readers skip such files."""
+    safe = escape(name)
+    return f"x{safe}" if safe.startswith(("_", ".")) else safe
+
+
 def name_part(stem: str) -> str:
     """The escaped shard name in a file stem."""
     return stem[: -_DIGEST_LENGTH - 1]
 
 
-def list_input(config: InputConfig) -> Listing:
-    """List the input and judge its layout. Raises InputError where nothing is there to read."""
+def list_input(config: InputConfig, output: Storage | None = None) -> Listing:
+    """List the input and judge its layout. Raises InputError where nothing is there to read.
+
+    What lies in the `output` folder, which may be inside the input, is left out.
+    """
     try:
         root, files = _find(config.uri)
     except storage_errors() as error:
         raise InputError(f"input.uri: cannot list {config.uri}: {error}") from error
+    if output is not None:
+        files = _without_output(root, files, output)
     if not files:
         raise InputError(f"input.uri: {config.uri} matches no file; check the path and the spelling")
     layout = config.format if config.format != "auto" else _judge(config.uri, files)
@@ -156,6 +168,16 @@ def _find(uri: str) -> tuple[Storage, list[FileInfo]]:
     return literal, literal.find()
 
 
+def _without_output(root: Storage, files: list[FileInfo], output: Storage) -> list[FileInfo]:
+    here, there = output.url("").rstrip("/") + "/", root.url("").rstrip("/") + "/"
+    if here == there:
+        raise InputError("output.uri: is the input's own folder; choose a folder of its own")
+    if not here.startswith(there):
+        return files
+    prefix = here.removeprefix(there)
+    return [file for file in files if not file.path.startswith(prefix)]
+
+
 def _matches(matches: Any, path: str) -> bool:
     """Whether a glob matches the path itself or a folder that it lies in."""
     parts = path.split("/")
@@ -171,7 +193,7 @@ def _judge(uri: str, files: list[FileInfo]) -> str:
         for layout, suffixes in (("webdataset", TAR_SUFFIXES), ("parquet", PARQUET_SUFFIXES))
         if any(name.endswith(suffixes) for name in names)
     }
-    if len(found) > 1 or (found and any(name.endswith((".jpg", ".jpeg", ".png")) for name in names)):
+    if len(found) > 1 or (found and any(name.endswith(IMAGE_SUFFIXES) for name in names)):
         raise InputError(
             f"input.format: {uri} holds files of several layouts; "
             "say which is meant: images, webdataset or parquet"

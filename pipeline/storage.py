@@ -13,10 +13,12 @@ import functools
 import hashlib
 import importlib
 import os
+import stat
 import tempfile
 import uuid
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from datetime import UTC, datetime
 from functools import cache, cached_property
 from pathlib import Path, PurePosixPath
 from typing import Any, BinaryIO, TypeVar, cast
@@ -155,25 +157,20 @@ class Storage:
     def replacing(self, relative: str) -> Iterator[Path]:
         """A local path to write; on success it becomes `relative`, whole and durable, else nothing does.
 
-        Locally the file is written beside its place, in `_staging/`, and renamed; elsewhere it is
-        written to a temporary file and uploaded.
+        Locally the file is written beside its place and renamed; elsewhere it is written to a
+        temporary file and uploaded.
         """
         target = self.path(relative)
-        if self.is_local:
-            folder = Path(self.path(STAGING))
-            with storage_failures(self.uri):
-                folder.mkdir(parents=True, exist_ok=True)
-            temporary = folder / f"tmp-{uuid.uuid4().hex}"
-        else:
-            temporary = Path(tempfile.gettempdir()) / f"cvt-pipeline-{uuid.uuid4().hex}"
+        folder = Path(target).parent if self.is_local else Path(tempfile.gettempdir())
+        temporary = folder / f".tmp-{uuid.uuid4().hex}"
         try:
             with storage_failures(f"{self.uri.rstrip('/')}/{relative}"):
+                folder.mkdir(parents=True, exist_ok=True)
                 yield temporary
                 if self.is_local:
-                    Path(target).parent.mkdir(parents=True, exist_ok=True)
                     _fsync(temporary)
                     temporary.replace(target)
-                    _fsync(Path(target).parent)
+                    _fsync(folder)
                 else:
                     self.fs.put_file(str(temporary), target)
         finally:
@@ -192,8 +189,7 @@ class Storage:
             return
         target = Path(self.path(relative))
         target.parent.mkdir(parents=True, exist_ok=True)
-        temporary = Path(self.path(STAGING)) / f"tmp-{uuid.uuid4().hex}"
-        temporary.parent.mkdir(parents=True, exist_ok=True)
+        temporary = target.parent / f".tmp-{uuid.uuid4().hex}"
         try:
             temporary.write_bytes(data)
             _fsync(temporary)
@@ -233,7 +229,10 @@ class Storage:
             self.write_bytes(probe, b"")
             self.delete(probe)
         except OSError as error:
-            raise OutputError(f"output.uri: cannot write to {self.uri}: {error}") from error
+            raise OutputError(
+                f"output.uri: cannot write to {self.uri}: {error}; "
+                "check that the place exists, its permissions and its free space"
+            ) from error
 
 
 def open_filesystem(uri: str) -> tuple[Any, str]:
@@ -264,7 +263,13 @@ def split_glob(uri: str) -> tuple[str, str]:
     first = next((n for n, part in enumerate(parts) if set(part) & set(_MAGIC)), None)
     if first is None:
         return uri, ""
-    return head + separator + "/".join(parts[:first]), "/".join(parts[first:])
+    folder = "/".join(parts[:first]) or ("/" if first else "")
+    return head + separator + folder, "/".join(parts[first:])
+
+
+def unique_name() -> str:
+    """A name for a run or a version: unique, and sorting by UTC time."""
+    return f"{datetime.now(UTC):%Y%m%dT%H%M%S.%fZ}-{uuid.uuid4().hex[:6]}"
 
 
 def sha256_of(path: Path) -> str:
@@ -306,12 +311,22 @@ def _walk_local(folder: Path, root: Path, ancestors: frozenset[tuple[int, int]])
     if here in ancestors:
         return  # a link that leads back to a folder it lies in
     for entry in entries:
-        if entry.is_dir():
+        try:
+            status = entry.stat()
+        except OSError:  # a link that leads nowhere, or to itself
+            with contextlib.suppress(FileNotFoundError):  # or a file that has just gone away
+                status = entry.stat(follow_symlinks=False)
+                yield _local_info(entry, root, status)
+            continue
+        if stat.S_ISDIR(status.st_mode):
             yield from _walk_local(Path(entry.path), root, ancestors | {here})
-        elif entry.is_file() or (entry.is_symlink() and not Path(entry.path).exists()):
-            info = entry.stat(follow_symlinks=entry.is_file())
-            relative = entry.path[len(str(root)) :].lstrip("/")
-            yield FileInfo(relative, info.st_size, str(info.st_mtime_ns))
+        elif stat.S_ISREG(status.st_mode):
+            yield _local_info(entry, root, status)
+
+
+def _local_info(entry: os.DirEntry[str], root: Path, status: os.stat_result) -> FileInfo:
+    relative = entry.path[len(str(root)) :].lstrip("/")
+    return FileInfo(relative, status.st_size, str(status.st_mtime_ns))
 
 
 def _fsync(path: Path) -> None:

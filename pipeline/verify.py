@@ -50,7 +50,12 @@ def verify(output: Storage) -> Verification:
     result = Verification()
     sizes = {info.path: info.size for kind in (EMBEDDINGS, REJECTS) for info in output.find(kind)}
     checker = _Checker(output, sizes, fingerprint.digest)
-    for commit in log.read(log.live):
+    for stem in sorted(log.live):
+        try:
+            (commit,) = log.read([stem])
+        except OutputError as error:
+            result.problems.append(str(error))
+            continue
         result.num_shards += 1
         result.num_rows += commit.num_rows
         result.num_rejects += commit.num_rejects
