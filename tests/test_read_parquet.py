@@ -21,7 +21,8 @@ IMAGES = pa.array([b"0", b"1", b"2"], pa.binary())
 
 
 def write(folder: Path, columns: dict[str, Any], name: str = "x.parquet", **options: Any) -> Path:
-    pq.write_table(pa.table(columns), folder / name, **options)
+    with (folder / name).open("wb") as file:  # pyarrow itself takes no name that is not UTF-8
+        pq.write_table(pa.table(columns), file, **options)
     return folder / name
 
 
