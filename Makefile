@@ -16,7 +16,7 @@ demo: setup
 	$(BIN)/cvt-pipeline demo
 
 test: setup
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n 2 --dist loadfile --durations=10
 
 lint: setup
 	$(BIN)/ruff check .

@@ -109,6 +109,7 @@ class Cluster:
                 _connect(verbose, level)
         context = ray.data.DataContext.get_current()
         context.enable_progress_bars = verbose
+        context.raise_original_map_exception = True
         context.print_on_execution_start = verbose
         context.target_max_block_size = context.target_min_block_size = 1  # a block a chunk
         for name in ("ray", "ray.data"):

@@ -15,7 +15,7 @@ import pytest
 import yaml
 
 from tests.conftest import encode, make_image
-from tests.running import cli, ids_of, make_config, rows_of, write_config, write_tar
+from tests.running import cli, ids_of, make_config, rows_of, run, write_config, write_tar
 
 REPOSITORY = Path(__file__).parent.parent
 
@@ -415,13 +415,11 @@ def test_a_model_named_by_a_relative_path_answers_searches_from_anywhere(
         assert json.loads(found.stdout)[0]["hits"][0]["image_id"] == "é #?*.png"
 
 
-def test_a_manifest_of_one_image_goes_the_whole_way(tiny_model, tmp_path):
+def test_a_manifest_of_one_image_goes_the_whole_way(ray_session, tiny_model, tmp_path):
     (tmp_path / "one.png").write_bytes(encode(make_image(1)))
     with (tmp_path / "list.csv").open("w", newline="") as file:
         csv.writer(file).writerows([["uri"], ["one.png"]])
-    config = make_config(tmp_path / "list.csv", tiny_model, tmp_path / "out")
-    write_config(tmp_path / "c.yaml", config)
-    assert cli("extract", tmp_path / "c.yaml").returncode == 0
+    assert run(make_config(tmp_path / "list.csv", tiny_model, tmp_path / "out")).images == 1
     record = json.loads(cli("index", tmp_path / "out", "--json").stdout)
     assert (record["num_vectors"], record["recall_at_10"]) == (1, 1.0)
     assert search(tmp_path / "out", "--id", "one.png")["hits"][0]["image_id"] == "one.png"
