@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: setup demo test lint types clean
+.PHONY: setup demo test test-all lint types clean
 
 setup: $(VENV)/.installed
 
@@ -16,7 +16,11 @@ demo: setup
 	$(BIN)/cvt-pipeline demo
 
 test: setup
-	$(BIN)/python -m pytest -n 2 --dist loadfile --durations=10
+	$(BIN)/python -m pytest -n 2 --dist loadfile -m "not slow"
+
+# Every test, and five kills instead of two.
+test-all: setup
+	CVT_TEST_KILLS=5 $(BIN)/python -m pytest -n 2 --dist loadfile
 
 lint: setup
 	$(BIN)/ruff check .

@@ -12,7 +12,6 @@ from pathlib import Path
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
-import yaml
 
 from tests.conftest import encode, make_image
 from tests.running import cli, ids_of, make_config, rows_of, run, write_config, write_tar
@@ -391,21 +390,15 @@ def test_help_names_every_verb():
 
 
 def test_a_model_named_by_a_relative_path_answers_searches_from_anywhere(
-    tiny_model, tmp_path, write_images
+    ray_session, tiny_model, tmp_path, write_images, monkeypatch
 ):
     """Odd paths all the way: relative ones, spaces, non-ASCII, brackets, a percent sign."""
     home = tmp_path / "ä [home] 100%"
     write_images(home / "pictures [1]", 3)
     (home / "pictures [1]" / "é #?*.png").write_bytes(encode(make_image(50)))
     shutil.copytree(tiny_model, home / "my model")
-    settings = {
-        "input": {"uri": "pictures [1]"},
-        "model": {"checkpoint": "my model", "precision": "float32"},
-        "output": {"uri": "out put"},
-    }
-    (home / "c.yaml").write_text(yaml.safe_dump(settings))
-    done = cli("extract", "c.yaml", cwd=home)
-    assert done.returncode == 0, done.stderr
+    monkeypatch.chdir(home)
+    assert run(make_config("pictures [1]", "my model", "out put")).images == 4
     assert ids_of(home / "out put") == ["000.png", "001.png", "002.png", "é #?*.png"]
     assert cli("index", "out put", cwd=home).returncode == 0
     query = ["--image", home / "pictures [1]" / "é #?*.png", "-k", "1", "--json"]
