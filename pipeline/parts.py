@@ -23,6 +23,7 @@ from pipeline.commits import EMBEDDINGS, REJECTS, DataFile
 from pipeline.shards import Work
 from pipeline.storage import STAGING, Storage, sha256_of
 
+PART = ".arrow"
 _GROUP_ROWS, _GROUP_BYTES = 4096, 2**26
 
 Amendments = dict[str, dict[str, Any]]
@@ -39,7 +40,7 @@ def write_chunk(chunk: pa.Table, output: Storage, run: str) -> pa.Table:
     rows, rejects = (schema.unpack(chunk.column(name)[0]) for name in ("rows", "rejects"))
     assert rows is not None
     assert rejects is not None
-    part = f"{STAGING}/{run}/{receipt['stem']}/{receipt['chunk']:08d}.arrow"
+    part = f"{STAGING}/{run}/{receipt['stem']}/{receipt['chunk']:08d}{PART}"
     with output.replacing(part) as local, pa.ipc.new_file(str(local), schema.CHUNKS) as writer:
         writer.write_table(chunk.select(schema.CHUNKS.names))
     timings = json.loads(chunk.column("timings")[0].as_py())
@@ -59,7 +60,8 @@ def assemble(
     Returns the files, as they will be, and the number of rejects by reason. Rows of `work.carried`
     members are copied from the files that this shard supersedes.
     """
-    parts = [info.path for info in output.find(f"{STAGING}/{run}/{work.stem}")]
+    found = output.find(f"{STAGING}/{run}/{work.stem}")
+    parts = [info.path for info in found if info.path.endswith(PART)]  # a killed worker leaves others
     amendments = _amendments(_read_part(output, parts[-1], "amendments"))
     reasons: dict[str, int] = defaultdict(int)
     rows = _tables(output, work, parts, "rows", EMBEDDINGS, amendments)

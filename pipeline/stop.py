@@ -20,6 +20,8 @@ class Stop:
 
     def install(self) -> None:
         """Make SIGINT and SIGTERM ask for a stop. Ray takes SIGTERM for itself: again after its start."""
+        if threading.current_thread() is not threading.main_thread():
+            return  # Python lets only the main thread handle signals
         for signum in (signal.SIGINT, signal.SIGTERM):
             signal.signal(signum, self.request)
 

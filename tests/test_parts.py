@@ -150,6 +150,12 @@ def test_parts_of_another_run_or_shard_are_left_out(output: Storage) -> None:
     assert keys(finish(output)[0]) == "a"
 
 
+def test_what_a_killed_worker_had_half_written_is_no_part(output: Storage) -> None:
+    write_chunk(chunk_of(0, rows("a"), rejects("")), output, "run")
+    output.write_bytes(f"{STAGING}/run/{WORK.stem}/.tmp-0123", b"half of a par")
+    assert keys(finish(output)[0]) == "a"
+
+
 def test_nothing_is_in_place_before_it_is_put_there(output: Storage) -> None:
     write_chunk(chunk_of(0, rows("a"), rejects("b")), output, "run")
     assemble(output, "run", WORK, SCHEMA)
