@@ -72,6 +72,8 @@ def extract(
         if plan.work:
             cluster = cluster or _connect(stop, verbose)
             _carry_out(prepared, plan, lease, tally, stop, on_progress)
+        lease.check()
+        output.delete_folder(STAGING)  # a killed run's workers may have written after `clean`
     except Interrupted as reason:
         stop.signum = reason.signum  # Ray may have caught it before us
         tally.stopped = str(reason)

@@ -479,8 +479,21 @@ def test_a_run_whose_lease_was_taken_over_leaves_the_new_holders_parts(tiny_mode
     assert (out / "lease/00000002.json").exists()
 
 
+def test_what_a_killed_runs_workers_write_late_is_gone_at_the_end(tiny_model, tmp_path, write_images):
+    write_images(tmp_path / "in", 4)
+    late = tmp_path / "out/_staging/killed-run/late.arrow"
+
+    def write_late(tally):
+        late.parent.mkdir(parents=True, exist_ok=True)
+        late.write_bytes(b"from a worker that outlived its driver for a moment")
+
+    config = make_config(tmp_path / "in", tiny_model, tmp_path / "out")
+    assert extract(config, stop=Stop(), on_progress=write_late, started=0.0).images == 4
+    assert leftovers(tmp_path / "out") == []
+
+
 def test_an_index_that_is_being_built_survives_the_end_of_a_run(mixed, tiny_model, tmp_path):
-    """`index` writes its files in _staging too, and holds no lease: a run must not delete them."""
+    """`index` holds no lease: a run must not delete what it is writing."""
     shutil.copytree(mixed / "out", tmp_path / "out")
     with Storage(str(tmp_path / "out")).replacing("index/version/index.faiss") as local:
         local.write_bytes(b"half of it")
