@@ -11,7 +11,8 @@ from pipeline import schema
 from pipeline.commits import Commit, CommitLog
 from pipeline.errors import ShardError
 from pipeline.fingerprint import read_fingerprint
-from pipeline.readers import Amendment, ReadOptions, Sample, reader_of
+from pipeline.readers import reader_of
+from pipeline.samples import Amendment, ReadOptions, Sample
 from pipeline.schema import safe_text
 from pipeline.shards import Shard, Work
 from pipeline.storage import Storage

@@ -15,7 +15,7 @@ from typing import Any
 
 from pipeline.errors import ConfigError, ShardError, StorageError
 from pipeline.manifest import resolve_uri, unpack_metadata
-from pipeline.readers import ReadOptions, Sample
+from pipeline.samples import ReadOptions, Sample
 from pipeline.schema import RejectReason, safe_text
 from pipeline.shards import Member, Work
 from pipeline.storage import Storage, open_filesystem, storage_errors

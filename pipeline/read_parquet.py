@@ -12,7 +12,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from pipeline.errors import InputError, ShardError
-from pipeline.readers import CHUNK_BYTES, ReadOptions, Sample
+from pipeline.samples import CHUNK_BYTES, ReadOptions, Sample
 from pipeline.schema import safe_text
 from pipeline.shards import Work
 from pipeline.storage import Storage, parent_and_name, storage_errors

@@ -24,7 +24,7 @@ from PIL import Image
 
 from pipeline import schema
 from pipeline.errors import ShardError
-from pipeline.readers import Amendment, ReadOptions, Sample
+from pipeline.samples import Amendment, ReadOptions, Sample
 from pipeline.schema import RejectReason, safe_text
 from pipeline.shards import Work
 from pipeline.storage import Storage, parent_and_name, storage_errors

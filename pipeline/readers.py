@@ -11,54 +11,14 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
 from typing import Any
 
 import pyarrow as pa
 
-from pipeline import schema
+from pipeline import read_images, read_parquet, read_webdataset, schema
 from pipeline.errors import ShardError
-from pipeline.schema import RejectReason
+from pipeline.samples import CHUNK_BYTES, Amendment, ReadOptions, Sample
 from pipeline.shards import Work
-
-CHUNK_BYTES = 32 * 2**20
-
-
-@dataclass(frozen=True)
-class ReadOptions:
-    """What the read stage has to know of the configuration."""
-
-    chunk_images: int
-    max_image_bytes: int
-    metadata: tuple[pa.Field, ...] = ()
-    image_column: str | None = None
-    id_column: str | None = None
-
-    @property
-    def metadata_names(self) -> tuple[str, ...]:
-        return tuple(column.name for column in self.metadata)
-
-
-@dataclass(frozen=True)
-class Sample:
-    """One sample as it was read: encoded bytes, or the reason why there are none."""
-
-    image_id: str
-    key: str
-    data: bytes | None
-    metadata: dict[str, Any] = field(default_factory=dict)
-    reason: RejectReason | None = None
-    message: str = ""
-    size_bytes: int | None = None
-
-
-@dataclass(frozen=True)
-class Amendment:
-    """What the end of an archive told of a sample read earlier: another id and key, or metadata."""
-
-    amended_key: str
-    columns: dict[str, Any]
-
 
 Reader = Callable[[Work, ReadOptions], Iterator[Sample | Amendment]]
 
@@ -79,8 +39,6 @@ def read_shard(work: Work, options: ReadOptions) -> Iterator[pa.Table]:
 
 def reader_of(layout: str) -> Reader:
     """The reader of a layout."""
-    from pipeline import read_images, read_parquet, read_webdataset
-
     readers: dict[str, Reader] = {
         "images": read_images.read_samples,
         "manifest": read_images.read_samples,

@@ -33,7 +33,8 @@ from pipeline.errors import Interrupted, PipelineError
 from pipeline.parts import assemble, write_chunk
 from pipeline.plan import Plan
 from pipeline.prepare import Prepared
-from pipeline.readers import ReadOptions, read_shard
+from pipeline.readers import read_shard
+from pipeline.samples import ReadOptions
 from pipeline.shards import Work
 from pipeline.storage import storage_failures
 

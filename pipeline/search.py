@@ -12,7 +12,6 @@ from bisect import bisect_right
 from collections import defaultdict
 from dataclasses import asdict, dataclass
 from functools import cached_property
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -30,7 +29,7 @@ from pipeline.config import DEFAULT_MAX_PIXELS
 from pipeline.errors import FingerprintError, SearchError
 from pipeline.fingerprint import read_fingerprint
 from pipeline.index import Vectors, load_faiss, normalize, read_ids, read_record, usable
-from pipeline.storage import Storage, open_filesystem, storage_errors
+from pipeline.storage import Storage
 
 _COLUMNS = (schema.IMAGE_ID, schema.SHARD, schema.KEY, "label", "label_id", "score", "width", "height")
 
@@ -182,65 +181,3 @@ class Searcher:
         except FileNotFoundError:
             pass  # redone since the index was built: the id still tells which image it is
         return found
-
-
-def read_query(uri: str) -> bytes:
-    """The bytes of a query image: a local file, or any URL that fsspec opens."""
-    fs, path = open_filesystem(uri)
-    try:
-        return fs.cat_file(path)  # type: ignore[no-any-return]
-    except storage_errors() as error:
-        raise SearchError(f"cannot read the query image {uri}: {error}") from error
-
-
-def read_vector(path: Path) -> Vectors:
-    """A query vector from a .npy file of shape (D,) or (1, D). Never loads a pickle."""
-    try:
-        vector = np.load(path, allow_pickle=False)
-    except (OSError, ValueError, EOFError) as error:
-        raise SearchError(f"cannot read the query vector {path}: {error}; expected a .npy file") from error
-    if not isinstance(vector, np.ndarray):
-        raise SearchError(f"{path}: expected a .npy file of one array, found several")
-    if vector.dtype.kind not in "fiu" or vector.ndim not in (1, 2) or vector.size != vector.shape[-1]:
-        raise SearchError(f"{path}: expected one vector of numbers, found {vector.dtype}{vector.shape}")
-    return vector.ravel().astype(np.float32)
-
-
-@dataclass(frozen=True)
-class Answer:
-    """A query and what was found, for the terminal, for programs and as a page."""
-
-    query: str
-    hits: list[Hit]
-    image: bytes | None
-    output: Storage
-
-    def to_json(self) -> dict[str, Any]:
-        return {"query": self.query, "hits": [hit.to_json() for hit in self.hits]}
-
-    def page(self) -> str:
-        """A self-contained gallery of the query and its neighbours."""
-        from pipeline.gallery import Row, gallery_page
-        from pipeline.originals import Originals
-
-        originals, image, first = Originals(self.output), self.image, self.hits[0]
-        if image is None and first.image_id == self.query and first.shard and first.key:
-            image = originals.read(first.shard, first.key)
-        row = Row(self.query, image, self.hits)
-        note = f"{len(self.hits)} nearest images by cosine of their CvT embeddings, in {self.output.uri}"
-        return gallery_page(f"Nearest to {self.query}", note, [row], originals.read)
-
-
-def find(
-    output_uri: str, *, image: str | None, image_id: str | None, vector: Path | None, k: int
-) -> Answer:
-    """Answer one query: an image (file or URL), an indexed image's id, or a vector in a .npy file."""
-    output = Storage(output_uri)
-    searcher = Searcher(output)
-    if image is not None:
-        data = read_query(image)
-        return Answer(image, searcher.by_image(data, k), data, output)
-    if image_id is not None:
-        return Answer(image_id, searcher.by_id(image_id, k), None, output)
-    assert vector is not None
-    return Answer(str(vector), searcher.by_vector(read_vector(vector), k), None, output)

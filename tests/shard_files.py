@@ -12,7 +12,8 @@ from typing import Any
 import pyarrow as pa
 
 from pipeline import schema
-from pipeline.readers import ReadOptions, read_shard
+from pipeline.readers import read_shard
+from pipeline.samples import ReadOptions
 from pipeline.shards import Member, Shard, Work
 from pipeline.storage import Storage
 

@@ -519,7 +519,7 @@ def test_a_file_that_may_not_be_read_is_a_reject_and_costs_no_other_image(
     from fsspec.implementations.local import LocalFileSystem
 
     from pipeline.read_images import read_samples
-    from pipeline.readers import ReadOptions
+    from pipeline.samples import ReadOptions
     from pipeline.shards import Member, Shard, Work
 
     names = write_images(tmp_path, 3)

@@ -9,7 +9,8 @@ import pytest
 
 from pipeline.errors import SearchError
 from pipeline.index import build_index
-from pipeline.search import Searcher, read_query, read_vector
+from pipeline.query import read_query, read_vector
+from pipeline.search import Searcher
 from pipeline.storage import Storage
 from tests.test_index import DIM, commit_vectors, output, random_vectors
 
