@@ -170,6 +170,7 @@ def test_a_second_run_on_s3_does_nothing_and_a_changed_object_is_done_again(extr
     assert cli("verify", "s3://corpus/out").returncode == 0
 
 
+@pytest.mark.slow
 def test_a_missing_bucket_and_a_dead_endpoint_are_told_in_words(s3, tmp_path, tiny_model):
     config = write_config(tmp_path / "a.yaml", make_config("s3://nowhere/in", tiny_model, "s3://corpus/o"))
     missing = cli("extract", config)
