@@ -229,7 +229,7 @@ def read_ids(output: Storage, record: IndexRecord) -> pa.Table:
     path = f"{INDEX}/{record.version}/ids.parquet"
     try:
         with output.open(path) as file:
-            ids = pq.read_table(file, schema=schema.INDEX_IDS)
+            ids = pq.ParquetFile(file).read(use_threads=False).cast(schema.INDEX_IDS)
     except (FileNotFoundError, pa.ArrowException) as error:
         raise _damaged(output, path) from error
     if ids.num_rows != record.num_vectors:
