@@ -89,6 +89,14 @@ def read_fingerprint(output: Storage) -> Fingerprint | None:
         ) from error
 
 
+def require_fingerprint(output: Storage) -> Fingerprint:
+    """The fingerprint of an output; OutputError where the place is none."""
+    fingerprint = read_fingerprint(output)
+    if fingerprint is None:
+        raise OutputError(f"{output.uri} is not an output of extract: it has no {FILE}")
+    return fingerprint
+
+
 def claim(output: Storage, wanted: Fingerprint) -> None:
     """Make `wanted` the output's fingerprint, or raise FingerprintError where it has another."""
     existing = read_fingerprint(output)

@@ -27,7 +27,7 @@ import pyarrow.parquet as pq
 from pipeline import schema
 from pipeline.commits import Commit, CommitLog
 from pipeline.errors import OutputError, SearchError
-from pipeline.fingerprint import Fingerprint, read_fingerprint
+from pipeline.fingerprint import require_fingerprint
 from pipeline.recall import measure
 from pipeline.storage import Storage, sha256_of, unique_name
 
@@ -92,9 +92,7 @@ def build_index(output: Storage) -> IndexRecord:
     Where the served version already is of these commits it stays, and its record is returned.
     """
     started = time.time()
-    fingerprint = read_fingerprint(output)
-    if fingerprint is None:
-        raise OutputError(f"{output.uri} is not an output of extract: it has no fingerprint.json")
+    fingerprint = require_fingerprint(output)
     commits = [commit for commit in _live(output) if commit.num_rows]
     if not commits:
         raise OutputError(f"{output.uri} has no committed images yet; run extract first")
@@ -102,7 +100,7 @@ def build_index(output: Storage) -> IndexRecord:
     if served is not None:
         return served
     version = unique_name()
-    index, shards, excluded = _add_all(output, version, commits, fingerprint)
+    index, shards, excluded = _add_all(output, version, commits)
     quality = measure(index)
     with output.replacing(f"{INDEX}/{version}/index.faiss") as local:
         faiss.write_index(index, str(local))
@@ -170,9 +168,7 @@ def _live(output: Storage) -> list[Commit]:
     return log.read(log.live)
 
 
-def _add_all(
-    output: Storage, version: str, commits: list[Commit], fingerprint: Fingerprint
-) -> tuple[Any, list[ShardIds], int]:
+def _add_all(output: Storage, version: str, commits: list[Commit]) -> tuple[Any, list[ShardIds], int]:
     """An index of all usable rows; writes ids.parquet beside it, a row group a commit."""
     index, shards, excluded = None, [], 0
     with (

@@ -62,8 +62,6 @@ PIXELS = pa.schema(
     ]
 )
 
-SPECS = pa.schema([pa.field("spec", pa.large_binary())])  # one shard to read, as JSON
-
 CHUNKS = pa.schema(
     [
         pa.field("stem", pa.string(), nullable=False),  # the shard's file stem, <shard>-<digest>

@@ -27,7 +27,7 @@ from pipeline import schema
 from pipeline.commits import EMBEDDINGS
 from pipeline.config import DEFAULT_MAX_PIXELS
 from pipeline.errors import FingerprintError, SearchError
-from pipeline.fingerprint import read_fingerprint
+from pipeline.fingerprint import require_fingerprint
 from pipeline.index import Vectors, load_faiss, normalize, read_ids, read_record, usable
 from pipeline.storage import Storage
 
@@ -126,8 +126,7 @@ class Searcher:
     def _embedder(self) -> tuple[CvtImageProcessor, Any]:
         from pipeline.embed import Embedder, EmbedOptions  # torch, which other searches do not need
 
-        fingerprint = read_fingerprint(self._output)
-        assert fingerprint is not None
+        fingerprint = require_fingerprint(self._output)
         try:
             checkpoint = resolve_checkpoint(fingerprint.source)
         except CheckpointError as error:

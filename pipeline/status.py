@@ -7,8 +7,7 @@ from collections import Counter
 from typing import Any
 
 from pipeline.commits import CommitLog
-from pipeline.errors import OutputError
-from pipeline.fingerprint import read_fingerprint
+from pipeline.fingerprint import require_fingerprint
 from pipeline.index import current_version
 from pipeline.report import REPORTS
 from pipeline.storage import STAGING, Storage
@@ -16,9 +15,7 @@ from pipeline.storage import STAGING, Storage
 
 def status(output: Storage) -> dict[str, Any]:
     """Totals of an output as JSON values. Reads records and listings, no results."""
-    fingerprint = read_fingerprint(output)
-    if fingerprint is None:
-        raise OutputError(f"{output.uri} is not an output of extract: it has no fingerprint.json")
+    fingerprint = require_fingerprint(output)
     log = CommitLog(output)
     commits = log.read(log.live)
     rejects: Counter[str] = Counter()

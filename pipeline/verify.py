@@ -16,7 +16,7 @@ import pyarrow.parquet as pq
 from pipeline import schema
 from pipeline.commits import EMBEDDINGS, REJECTS, Commit, CommitLog, DataFile
 from pipeline.errors import OutputError
-from pipeline.fingerprint import read_fingerprint
+from pipeline.fingerprint import require_fingerprint
 from pipeline.storage import Storage, sha256_of_stream
 
 _REDO = "delete its record in commits/ and run extract again"
@@ -43,9 +43,7 @@ class Verification:
 
 def verify(output: Storage) -> Verification:
     """Check counts, sizes, checksums, schemas, ids and leftovers of an output."""
-    fingerprint = read_fingerprint(output)
-    if fingerprint is None:
-        raise OutputError(f"{output.uri} is not an output of extract: it has no fingerprint.json")
+    fingerprint = require_fingerprint(output)
     log = CommitLog(output)
     result = Verification()
     sizes = {info.path: info.size for kind in (EMBEDDINGS, REJECTS) for info in output.find(kind)}
