@@ -57,7 +57,7 @@ def extract(
     stop.check()
     cluster = None
     if config.model.precision == "auto" and read_fingerprint(output) is None:
-        cluster = _connect(stop, verbose)
+        cluster = _connect(verbose)
         if cluster.has_gpu:
             prepared = prepared.with_precision("bfloat16")
     claim(output, prepared.fingerprint)
@@ -70,7 +70,7 @@ def extract(
         tally.planned_bytes = plan.size_bytes
         stop.check()
         if plan.work:
-            cluster = cluster or _connect(stop, verbose)
+            cluster = cluster or _connect(verbose)
             _carry_out(prepared, plan, lease, tally, stop, on_progress)
         lease.check()
         output.delete_folder(STAGING)  # a killed run's workers may have written after `clean`
@@ -89,12 +89,10 @@ def extract(
     return tally
 
 
-def _connect(stop: Stop, verbose: bool) -> Cluster:
+def _connect(verbose: bool) -> Cluster:
     from pipeline.run import Cluster  # Ray takes a second to import, and many runs have nothing to do
 
-    cluster = Cluster(verbose=verbose)
-    stop.install()
-    return cluster
+    return Cluster(verbose=verbose)
 
 
 def _carry_out(

@@ -29,7 +29,7 @@ from ray.data import ActorPoolStrategy, TaskPoolStrategy
 from pipeline.commits import DataFile
 from pipeline.config import Config
 from pipeline.decode import decode_chunk
-from pipeline.errors import Interrupted, PipelineError
+from pipeline.errors import PipelineError
 from pipeline.parts import assemble, write_chunk
 from pipeline.plan import Plan
 from pipeline.prepare import Prepared
@@ -128,15 +128,28 @@ class Cluster:
 
 
 def _connect(verbose: bool, level: int) -> None:
-    try:
+    with _sigterm_kept():
         ray.init(
             address=os.environ.get("RAY_ADDRESS", "local"),
             include_dashboard=False if "RAY_ADDRESS" not in os.environ else None,
             log_to_driver=verbose,
             logging_level=level,
         )
-    except SystemExit as error:  # Ray's own handler of SIGTERM, until ours is back
-        raise Interrupted(signal.SIGTERM) from error
+
+
+@contextlib.contextmanager
+def _sigterm_kept() -> Iterator[None]:
+    """Keep our handler of SIGTERM: Ray's start would take its place, and now and then hangs in its own."""
+    original = signal.signal
+
+    def set_others(signum: int, handler: Any) -> Any:
+        return signal.getsignal(signum) if signum == signal.SIGTERM else original(signum, handler)
+
+    signal.signal = set_others
+    try:
+        yield
+    finally:
+        signal.signal = original
 
 
 @contextlib.contextmanager

@@ -8,6 +8,7 @@ import time
 
 import pytest
 
+from pipeline.stop import GRACE_S
 from tests.disturbed import (
     NUM_TARS,
     TAR_IMAGES,
@@ -61,10 +62,11 @@ def test_a_signal_during_start_up_ends_it_in_silence(corpus, tiny_model, tmp_pat
         process.send_signal(signum)
         returned = process.wait(60)
         told = f"after {pause:.2f} s: {(tmp_path / 'config.log').read_text()[-3000:]}"
+        seconds = time.time() - began
         assert returned in (128 + signum, -signum), told
-        assert time.time() - began < 10, told
+        assert seconds < 10, told
         assert "Traceback" not in told
-        if returned == 128 + signum:  # else Ray's own handler had it for the moment: as good as a kill
+        if returned == 128 + signum and seconds < GRACE_S:  # else it was too early or too slow to tidy up
             assert leftovers(tmp_path / "out") == [], told
 
 
