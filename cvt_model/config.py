@@ -1,13 +1,13 @@
-"""The shape of a CvT network, and the presets of the built-in models.
+"""The shape of a CvT network.
 
-What enters: the dict of a `config.json` in the Hub's layout. What leaves: a validated, frozen
-`CvtConfig`, one tuple entry a stage. It must not know tensors, files or the network.
+What enters: a `config.json` in the Hub's layout, or its dict. What leaves: a validated, frozen
+`CvtConfig`, one tuple entry a stage. It must not know tensors or the network.
 """
 
+import json
 from collections.abc import Mapping
-from dataclasses import dataclass
-from types import MappingProxyType
-from typing import Annotated, Any, Self
+from pathlib import Path
+from typing import Annotated, Any, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
@@ -22,6 +22,9 @@ Paddings = tuple[Annotated[int, Field(ge=0)], ...]
 Rates = tuple[Annotated[float, Field(ge=0, lt=1)], ...]
 Ratios = tuple[Annotated[float, Field(gt=0)], ...]
 Flags = tuple[bool, ...]
+QkvProjection = Literal["dw_bn", "avg", "linear"]
+HiddenAct = Literal["gelu", "quick_gelu"]
+ProblemType = Literal["regression", "single_label_classification", "multi_label_classification"]
 
 PER_STAGE = (
     "patch_sizes", "patch_stride", "patch_padding", "embed_dim", "num_heads", "depth",
@@ -31,10 +34,11 @@ PER_STAGE = (
 
 
 class CvtConfig(BaseModel):
-    """The fields of transformers' `CvtConfig`, with its defaults (which are CvT-13's).
+    """The fields of transformers' `CvtConfig`, with its defaults (which are CvT-13's), and `hidden_act`.
 
-    Per-stage fields are tuples of one length. Raises pydantic's ValidationError (a ValueError)
-    that names the field; `from_dict` raises a plain ValueError with the same findings.
+    Per-stage fields are tuples of one length; any number of stages, of any depth, each with a CLS
+    token or without. Raises pydantic's ValidationError (a ValueError) that names the field;
+    `from_dict` raises a plain ValueError with the same findings.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -49,17 +53,24 @@ class CvtConfig(BaseModel):
     mlp_ratio: Ratios = Field((4.0, 4.0, 4.0), description="MLP width over the stage's width")
     attention_drop_rate: Rates = Field((0.0, 0.0, 0.0), description="dropout of attention weights")
     drop_rate: Rates = Field((0.0, 0.0, 0.0), description="dropout of embeddings and outputs")
-    drop_path_rate: Rates = Field((0.0, 0.0, 0.1), description="stochastic depth, training only")
+    drop_path_rate: Rates = Field(
+        (0.0, 0.0, 0.1), description="stochastic depth of each stage's last layer, rising from 0"
+    )
     qkv_bias: Flags = Field((True, True, True), description="biases in the query, key, value maps")
     cls_token: Flags = Field((False, False, True), description="stages with a CLS token")
-    qkv_projection_method: tuple[str, ...] = Field(
-        ("dw_bn", "dw_bn", "dw_bn"), description="dw_bn: depth-wise convolution and BatchNorm"
+    qkv_projection_method: tuple[QkvProjection, ...] = Field(
+        ("dw_bn", "dw_bn", "dw_bn"),
+        description="dw_bn: depth-wise convolution and BatchNorm; avg: average pooling of keys and "
+        "values, queries as they are; linear: neither",
     )
-    kernel_qkv: Sizes = Field((3, 3, 3), description="kernel of the q, k, v convolutions")
-    padding_kv: Paddings = Field((1, 1, 1), description="padding of the k and v convolutions")
-    stride_kv: Sizes = Field((2, 2, 2), description="stride of the k and v convolutions")
-    padding_q: Paddings = Field((1, 1, 1), description="padding of the q convolution")
-    stride_q: Sizes = Field((1, 1, 1), description="stride of the q convolution")
+    kernel_qkv: Sizes = Field((3, 3, 3), description="kernel of the convolutions, or of the pooling")
+    padding_kv: Paddings = Field((1, 1, 1), description="padding of keys and values")
+    stride_kv: Sizes = Field((2, 2, 2), description="stride of keys and values")
+    padding_q: Paddings = Field((1, 1, 1), description="padding of queries, read by dw_bn alone")
+    stride_q: Sizes = Field((1, 1, 1), description="stride of queries, read by dw_bn alone")
+    hidden_act: HiddenAct = Field(
+        "gelu", description="of the MLPs: transformers' gelu, or quick_gelu, the original authors'"
+    )
     initializer_range: float = Field(0.02, gt=0, description="std of the initial weights")
     # transformers declares layer_norm_eps and never reads it: every LayerNorm there is built with
     # torch's 1e-5, and released weights were trained so. It is kept for the round trip only.
@@ -67,6 +78,9 @@ class CvtConfig(BaseModel):
     num_labels: int = Field(DEFAULT_NUM_LABELS, ge=0, description="classes; 0: no classifier")
     id2label: dict[int, str] = Field(default_factory=dict, description="class index to name")
     label2id: dict[str, int] = Field(default_factory=dict, description="class name to index")
+    problem_type: ProblemType | None = Field(
+        None, description="which loss; None: by num_labels and the labels' dtype"
+    )
 
     @model_validator(mode="before")
     @classmethod
@@ -82,6 +96,8 @@ class CvtConfig(BaseModel):
                 f"id2label: has {len(self.id2label)} labels that must be numbered 0 to "
                 f"{self.num_labels - 1}, one for each of num_labels={self.num_labels}"
             )
+        if self.problem_type == "single_label_classification" and self.num_labels == 1:
+            raise ValueError("problem_type: single_label_classification needs more than one label")
         return self
 
     @classmethod
@@ -103,7 +119,25 @@ class CvtConfig(BaseModel):
         """This config in the Hub's layout (JSON types only); `from_dict` reads it back."""
         values = self.model_dump(mode="json", exclude={"num_labels", "id2label"})
         values["id2label"] = {str(index): label for index, label in self.id2label.items()}
+        # The Hub's files have these two only where they differ from what transformers computes.
+        if self.hidden_act == "gelu":
+            del values["hidden_act"]
+        if self.problem_type is None:
+            del values["problem_type"]
         return {"model_type": MODEL_TYPE, "architectures": [ARCHITECTURE], **values}
+
+    @classmethod
+    def from_json_file(cls, path: str | Path) -> Self:
+        """Read a `config.json`; raises ValueError as `from_dict` does, OSError without the file."""
+        values = json.loads(Path(path).read_text("utf-8"))
+        if not isinstance(values, dict):
+            raise ValueError(f"{path} must hold a JSON object, not a {type(values).__name__}")
+        return cls.from_dict(values)
+
+    def to_json_file(self, path: str | Path) -> None:
+        """Write a `config.json` in the Hub's layout."""
+        text = json.dumps(self.to_dict(), indent=2, sort_keys=True)
+        Path(path).write_text(text + "\n", "utf-8")
 
     def with_num_labels(self, num_labels: int) -> Self:
         """The same network with another number of classes, under default labels."""
@@ -149,58 +183,28 @@ def check_stages(config: CvtConfig) -> None:
                 f"num_heads: embed_dim {width} of stage {stage} is not a multiple of its "
                 f"{config.num_heads[stage]} heads"
             )
+        if int(width * config.mlp_ratio[stage]) < 1:
+            raise ValueError(f"mlp_ratio: {config.mlp_ratio[stage]} leaves no MLP in stage {stage}")
         method = config.qkv_projection_method[stage]
-        if method != "dw_bn":
+        if method == "dw_bn":
+            check_query_convolution(config, stage)
+        elif method == "avg" and 2 * config.padding_kv[stage] > config.kernel_qkv[stage]:
             raise ValueError(
-                f'qkv_projection_method: {method!r} of stage {stage} is not supported, only "dw_bn" is'
-            )
-        if config.stride_q[stage] != 1:
-            raise ValueError(
-                f"stride_q: is {config.stride_q[stage]} in stage {stage}; queries must keep the "
-                "resolution for the residual connection, so it must be 1"
-            )
-        if 2 * config.padding_q[stage] != config.kernel_qkv[stage] - 1:
-            raise ValueError(
-                f"padding_q: {config.padding_q[stage]} with kernel_qkv {config.kernel_qkv[stage]} "
-                f"changes the resolution in stage {stage}; it must be (kernel_qkv - 1) / 2"
-            )
-        if config.cls_token[stage] and width != config.embed_dim[-1]:
-            raise ValueError(
-                f"cls_token: stage {stage} is {width} wide, a CLS token has the last stage's "
-                f"{config.embed_dim[-1]}"
+                f"padding_kv: {config.padding_kv[stage]} is more than half of kernel_qkv "
+                f"{config.kernel_qkv[stage]} in stage {stage}, which average pooling cannot have"
             )
 
 
-@dataclass(frozen=True)
-class Preset:
-    """A built-in model: its network, the seed of its random weights, its preprocessing."""
-
-    config: CvtConfig
-    seed: int
-    processor: Mapping[str, Any]  # in the layout of preprocessor_config.json
-
-
-PRESETS: Mapping[str, Preset] = MappingProxyType(
-    {
-        "cvt-tiny-random": Preset(
-            config=CvtConfig(
-                patch_stride=(4, 2, 1),
-                embed_dim=(32, 64, 192),
-                num_heads=(4, 4, 4),
-                depth=(1, 2, 3),
-                drop_path_rate=(0.0, 0.0, 0.0),
-                cls_token=(False, False, False),
-                initializer_range=0.07,
-                num_labels=10,
-            ),
-            seed=20240229,
-            processor={
-                "size": {"shortest_edge": 64},
-                "crop_pct": 0.875,
-                "resample": 3,
-                "image_mean": (0.485, 0.456, 0.406),
-                "image_std": (0.229, 0.224, 0.225),
-            },
+def check_query_convolution(config: CvtConfig, stage: int) -> None:
+    """Queries must keep the map's resolution, whatever it is, for the residual connection."""
+    stride, padding = config.stride_q[stage], config.padding_q[stage]
+    if stride != 1:
+        raise ValueError(
+            f"stride_q: is {stride} in stage {stage}; queries must keep the resolution for the "
+            "residual connection, so it must be 1"
         )
-    }
-)
+    if 2 * padding != config.kernel_qkv[stage] - 1:
+        raise ValueError(
+            f"padding_q: {padding} with kernel_qkv {config.kernel_qkv[stage]} "
+            f"changes the resolution in stage {stage}; it must be (kernel_qkv - 1) / 2"
+        )

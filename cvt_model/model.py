@@ -1,8 +1,10 @@
 """CvT, the Convolutional vision Transformer (Wu et al. 2021), as one readable network.
 
 What enters: normalised pixels. What leaves: feature maps, the embedding that the classifier sees,
-logits. Parameters are named as in transformers' `CvtForImageClassification`, so its checkpoints
-match directly. It must not know files, images or preprocessing.
+logits, a loss. Parameters are named as in transformers' `CvtForImageClassification`, so its
+checkpoints match directly; where the references disagree (drop-path, initialisation, average
+pooling, the width of a CLS token), the original authors' code holds. It must not know files, images
+or preprocessing.
 
 Shape suffixes of tensors:
     B  batch                            H, W  height and width of the pixels or feature map
@@ -11,8 +13,8 @@ Shape suffixes of tensors:
     D  width of a head, C / N           K     classes
 """
 
-from collections import OrderedDict
-from typing import NamedTuple, Self
+from pathlib import Path
+from typing import Any, NamedTuple, Self
 
 import torch
 import torch.nn.functional as F  # noqa: N812
@@ -20,6 +22,10 @@ from torch import Tensor, nn
 
 from cvt_model.checkpoint import resolve_checkpoint
 from cvt_model.config import CvtConfig
+from cvt_model.image_processor import CvtImageProcessor
+from cvt_model.layers import DropPath, QuickGELU, join_cls_token, named, split_cls_token, to_map, to_tokens
+from cvt_model.loss import classification_loss
+from cvt_model.save import save_checkpoint
 
 
 class CvtModelOutput(NamedTuple):
@@ -33,6 +39,7 @@ class CvtModelOutput(NamedTuple):
 class ImageClassifierOutput(NamedTuple):
     """What `CvtForImageClassification` returns."""
 
+    loss: Tensor | None  # a scalar, where labels were given
     logits: Tensor  # BK; the embedding itself where num_labels is 0
     hidden_states: tuple[Tensor, ...] | None  # BCHW of every stage, when asked for
     embedding: Tensor  # BC, the vector that the classifier sees
@@ -61,7 +68,7 @@ class PatchEmbedding(nn.Module):
 
 
 class SelfAttention(nn.Module):
-    """Multi-head attention whose q, k and v are depth-wise convolutions of the map (3.2)."""
+    """Multi-head attention whose queries, keys and values come from the map's neighbourhoods (3.2)."""
 
     def __init__(self, config: CvtConfig, stage: int) -> None:
         super().__init__()
@@ -71,11 +78,13 @@ class SelfAttention(nn.Module):
         self.drop_rate = config.attention_drop_rate[stage]
         # The stage's width, not the head's: the original code scales so, and weights expect it.
         self.scale = width**-0.5
-        q_geometry = (config.kernel_qkv[stage], config.stride_q[stage], config.padding_q[stage])
-        kv_geometry = (config.kernel_qkv[stage], config.stride_kv[stage], config.padding_kv[stage])
-        self.convolution_projection_query = conv_projection(width, *q_geometry)
-        self.convolution_projection_key = conv_projection(width, *kv_geometry)
-        self.convolution_projection_value = conv_projection(width, *kv_geometry)
+        method, kernel = config.qkv_projection_method[stage], config.kernel_qkv[stage]
+        q_method = "linear" if method == "avg" else method  # only keys and values are pooled
+        q = (q_method, width, kernel, config.stride_q[stage], config.padding_q[stage])
+        kv = (method, width, kernel, config.stride_kv[stage], config.padding_kv[stage])
+        self.convolution_projection_query = map_projection(*q)
+        self.convolution_projection_key = map_projection(*kv)
+        self.convolution_projection_value = map_projection(*kv)
         self.projection_query = nn.Linear(width, width, bias=bias)
         self.projection_key = nn.Linear(width, width, bias=bias)
         self.projection_value = nn.Linear(width, width, bias=bias)
@@ -102,9 +111,9 @@ class SelfAttention(nn.Module):
 
 
 class Layer(nn.Module):
-    """A pre-norm transformer block: attention and MLP, each around a residual connection."""
+    """A pre-norm transformer block: attention and MLP, each beside a residual connection."""
 
-    def __init__(self, config: CvtConfig, stage: int) -> None:
+    def __init__(self, config: CvtConfig, stage: int, drop_path_rate: float) -> None:
         super().__init__()
         width = config.embed_dim[stage]
         hidden = int(width * config.mlp_ratio[stage])
@@ -117,13 +126,15 @@ class Layer(nn.Module):
             }
         )
         self.layernorm_after = nn.LayerNorm(width)
-        self.intermediate = named(dense=nn.Linear(width, hidden), activation=nn.GELU())
-        self.output = named(dense=nn.Linear(hidden, width), dropout=nn.Dropout(config.drop_rate[stage]))
+        activation = nn.GELU() if config.hidden_act == "gelu" else QuickGELU()
+        self.intermediate = named(dense=nn.Linear(width, hidden), activation=activation)
+        self.output = named(dense=nn.Linear(hidden, width), dropout=nn.Dropout(drop_rate))
+        self.drop_path = DropPath(drop_path_rate)
 
     def forward(self, x_BLC: Tensor, height: int, width: int) -> Tensor:
         context_BLC = self.attention["attention"](self.layernorm_before(x_BLC), height, width)
-        x_BLC = x_BLC + self.attention["output"](context_BLC)
-        mlp_BLC: Tensor = self.output(self.intermediate(self.layernorm_after(x_BLC)))
+        x_BLC = x_BLC + self.drop_path(self.attention["output"](context_BLC))
+        mlp_BLC: Tensor = self.drop_path(self.output(self.intermediate(self.layernorm_after(x_BLC))))
         return x_BLC + mlp_BLC
 
 
@@ -139,12 +150,15 @@ class Stage(nn.Module):
             convolution_embeddings=PatchEmbedding(config, stage),
             dropout=nn.Dropout(config.drop_rate[stage]),
         )
-        self.layers = nn.ModuleList(Layer(config, stage) for _ in range(config.depth[stage]))
+        depth, drop_path_rate = config.depth[stage], config.drop_path_rate[stage]
+        self.layers = nn.ModuleList(
+            Layer(config, stage, drop_path_rate * layer / max(depth - 1, 1)) for layer in range(depth)
+        )
 
     def forward(self, x_BCHW: Tensor) -> tuple[Tensor, Tensor | None]:
         x_BCHW = self.embedding(x_BCHW)
         height, width = x_BCHW.shape[-2:]
-        cls_B1C = self.cls_token.expand(len(x_BCHW), -1, -1) if self.with_cls_token else None
+        cls_B1C = self.cls_token.expand(x_BCHW.shape[0], -1, -1) if self.with_cls_token else None
         x_BLC = join_cls_token(cls_B1C, to_tokens(x_BCHW))
         for layer in self.layers:
             x_BLC = layer(x_BLC, height, width)
@@ -153,7 +167,7 @@ class Stage(nn.Module):
 
 
 class CvtModel(nn.Module):
-    """The stages without a head: (B, num_channels, H, W) floats to `CvtModelOutput`."""
+    """The stages without a head: normalised pixels to feature maps."""
 
     def __init__(self, config: CvtConfig) -> None:
         super().__init__()
@@ -162,28 +176,41 @@ class CvtModel(nn.Module):
         self.encoder = nn.ModuleDict({"stages": stages})
         init_weights(self, config.initializer_range)
 
-    def forward(self, pixel_values: Tensor, output_hidden_states: bool = False) -> CvtModelOutput:
+    def forward(
+        self, pixel_values: Tensor, output_hidden_states: bool = False, return_dict: bool = True
+    ) -> CvtModelOutput | tuple[Any, ...]:
+        """Pixels (B, num_channels, H, W) of any size to feature maps (B, C, H / stride, W / stride).
+
+        With `return_dict=False` a plain tuple of the outputs that are not None, in their order.
+        Raises ValueError for pixels of another shape.
+        """
         if pixel_values.ndim != 4 or pixel_values.shape[1] != self.config.num_channels:
             raise ValueError(
                 f"pixel_values: shape {tuple(pixel_values.shape)} is not "
                 f"(batch, {self.config.num_channels}, height, width)"
             )
         x_BCHW, cls_B1C = pixel_values, None
-        hidden_states: list[Tensor] = []
+        hidden_states: tuple[Tensor, ...] = ()
         for stage in self.encoder["stages"].children():
             x_BCHW, cls_B1C = stage(x_BCHW)
-            hidden_states.append(x_BCHW)
-        return CvtModelOutput(x_BCHW, cls_B1C, tuple(hidden_states) if output_hidden_states else None)
+            if output_hidden_states:
+                hidden_states = (*hidden_states, x_BCHW)
+        output = CvtModelOutput(x_BCHW, cls_B1C, hidden_states or None)
+        return output if return_dict else tuple(value for value in output if value is not None)
 
     @classmethod
     def from_pretrained(
         cls, source: str, dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu"
     ) -> Self:
-        """Load a checkpoint's stages (a directory, Hub id or built-in name) for inference.
+        """Load a checkpoint's stages (whatever `resolve_checkpoint` takes) for inference.
 
-        Raises CheckpointError.
+        In eval mode and without gradients. Raises CheckpointError.
         """
         return resolve_checkpoint(source).load_as(cls, dtype, device)
+
+    def save_pretrained(self, directory: str | Path, processor: CvtImageProcessor | None = None) -> None:
+        """Write weights, config and, where given, preprocessing as `from_pretrained` reads them."""
+        save_checkpoint(directory, self, processor)
 
 
 class CvtForImageClassification(nn.Module):
@@ -199,28 +226,52 @@ class CvtForImageClassification(nn.Module):
             self.classifier = nn.Linear(config.embed_dim[-1], config.num_labels)
             init_weights(self.classifier, config.initializer_range)
 
-    def forward(self, pixel_values: Tensor, output_hidden_states: bool = False) -> ImageClassifierOutput:
-        """Classify normalised pixels (B, num_channels, H, W) of any size."""
-        features = self.cvt(pixel_values, output_hidden_states)
+    def forward(
+        self,
+        pixel_values: Tensor,
+        labels: Tensor | None = None,
+        output_hidden_states: bool = False,
+        return_dict: bool = True,
+    ) -> ImageClassifierOutput | tuple[Any, ...]:
+        """Classify normalised pixels (B, num_channels, H, W) of any size.
+
+        Labels, if given, are class numbers (B,) or targets (B, K), by `config.problem_type`; see
+        `classification_loss`. With `return_dict=False` a plain tuple of loss, logits and hidden
+        states, those that are not None. Raises ValueError for pixels or labels of another shape.
+        """
+        features: CvtModelOutput = self.cvt(pixel_values, output_hidden_states)
         cls_B1C = features.cls_token_value
         x_BLC = to_tokens(features.last_hidden_state) if cls_B1C is None else cls_B1C
         embedding_BC = self.layernorm(x_BLC).mean(dim=1)
         logits_BK = self.classifier(embedding_BC)
-        return ImageClassifierOutput(logits_BK, features.hidden_states, embedding_BC, cls_B1C)
+        loss = None
+        if labels is not None:
+            loss = classification_loss(logits_BK, labels, self.config.num_labels, self.config.problem_type)
+        output = ImageClassifierOutput(loss, logits_BK, features.hidden_states, embedding_BC, cls_B1C)
+        return output if return_dict else tuple(value for value in output[:3] if value is not None)
 
     @classmethod
     def from_pretrained(
         cls, source: str, dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu"
     ) -> Self:
-        """Load a checkpoint (a directory, Hub id or built-in name) for inference.
+        """Load a checkpoint (whatever `resolve_checkpoint` takes) for inference.
 
-        Raises CheckpointError, also where the checkpoint has no final LayerNorm.
+        In eval mode and without gradients. Raises CheckpointError, also where the checkpoint has no
+        final LayerNorm.
         """
         return resolve_checkpoint(source).load_as(cls, dtype, device)
 
+    def save_pretrained(self, directory: str | Path, processor: CvtImageProcessor | None = None) -> None:
+        """Write weights, config and, where given, preprocessing as `from_pretrained` reads them."""
+        save_checkpoint(directory, self, processor)
 
-def conv_projection(width: int, kernel_size: int, stride: int, padding: int) -> nn.Sequential:
-    """A depth-wise convolution and BatchNorm, under the reference's names."""
+
+def map_projection(method: str, width: int, kernel_size: int, stride: int, padding: int) -> nn.Module:
+    """What a map goes through before its tokens become queries, keys or values; see `CvtConfig`."""
+    if method == "linear":
+        return nn.Identity()
+    if method == "avg":
+        return nn.AvgPool2d(kernel_size, stride, padding, ceil_mode=True)
     convolution = nn.Conv2d(
         width, width, kernel_size, stride=stride, padding=padding, groups=width, bias=False
     )
@@ -228,31 +279,10 @@ def conv_projection(width: int, kernel_size: int, stride: int, padding: int) -> 
     return named(convolution_projection=named(convolution=convolution, normalization=normalization))
 
 
-def named(**modules: nn.Module) -> nn.Sequential:
-    return nn.Sequential(OrderedDict(modules))
-
-
-def to_tokens(x_BCHW: Tensor) -> Tensor:
-    return x_BCHW.flatten(2).transpose(1, 2)
-
-
-def to_map(x_BLC: Tensor, height: int, width: int) -> Tensor:
-    batch, _, channels = x_BLC.shape
-    return x_BLC.transpose(1, 2).reshape(batch, channels, height, width)
-
-
-def split_cls_token(x_BLC: Tensor, with_cls_token: bool) -> tuple[Tensor | None, Tensor]:
-    return (x_BLC[:, :1], x_BLC[:, 1:]) if with_cls_token else (None, x_BLC)
-
-
-def join_cls_token(cls_B1C: Tensor | None, x_BLC: Tensor) -> Tensor:
-    return x_BLC if cls_B1C is None else torch.cat((cls_B1C, x_BLC), dim=1)
-
-
 def init_weights(model: nn.Module, std: float) -> None:
-    """Initialise as the reference does; norms keep torch's ones and zeros."""
+    """Initialise as the original authors do: convolutions and norms stay as torch makes them."""
     for module in model.modules():
-        if isinstance(module, nn.Linear | nn.Conv2d):
+        if isinstance(module, nn.Linear):
             nn.init.trunc_normal_(module.weight, std=std)
             if module.bias is not None:
                 nn.init.zeros_(module.bias)

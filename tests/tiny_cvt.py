@@ -20,12 +20,16 @@ TINY: dict[str, Any] = {
 
 
 def reference_model(model_class: Any = transformers.CvtForImageClassification, **overrides: Any) -> Any:
-    """A tiny network whose every parameter and buffer is random, in eval mode.
+    """A tiny network of transformers with random parameters and buffers, in eval mode."""
+    torch.manual_seed(0)
+    return randomised(model_class(transformers.CvtConfig(**{**TINY, **overrides})).eval())
+
+
+def randomised(model: Any) -> Any:
+    """The model with every parameter and buffer random.
 
     Fresh ones have equal BatchNorms and zero biases, with which a swap of two goes unseen.
     """
-    torch.manual_seed(0)
-    model = model_class(transformers.CvtConfig(**{**TINY, **overrides})).eval()
     for name, tensor in model.state_dict().items():
         if tensor.is_floating_point():
             if name.endswith("running_var"):

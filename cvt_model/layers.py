@@ -1,0 +1,53 @@
+"""Small parts of the network that the paper takes for granted: an activation, stochastic depth, shapes.
+
+What enters and leaves: tensors. It must not know the network or its config. Shape suffixes are those
+of `model.py`.
+"""
+
+from collections import OrderedDict
+
+import torch
+from torch import Tensor, nn
+
+
+class QuickGELU(nn.Module):
+    """The original authors' activation, an approximation of GELU."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x * torch.sigmoid(1.702 * x)
+
+
+class DropPath(nn.Module):
+    """Stochastic depth: in training, drops a residual branch of whole samples, and scales up the rest."""
+
+    def __init__(self, rate: float) -> None:
+        super().__init__()
+        self.rate = rate
+
+    def forward(self, x_BLC: Tensor) -> Tensor:
+        if not self.training or self.rate == 0.0:
+            return x_BLC
+        keep = 1.0 - self.rate
+        kept_B11 = x_BLC.new_empty(x_BLC.shape[0], 1, 1).bernoulli_(keep)
+        return x_BLC * (kept_B11 / keep)
+
+
+def named(**modules: nn.Module) -> nn.Sequential:
+    return nn.Sequential(OrderedDict(modules))
+
+
+def to_tokens(x_BCHW: Tensor) -> Tensor:
+    return x_BCHW.flatten(2).transpose(1, 2)
+
+
+def to_map(x_BLC: Tensor, height: int, width: int) -> Tensor:
+    batch, _, channels = x_BLC.shape
+    return x_BLC.transpose(1, 2).reshape(batch, channels, height, width)
+
+
+def split_cls_token(x_BLC: Tensor, with_cls_token: bool) -> tuple[Tensor | None, Tensor]:
+    return (x_BLC[:, :1], x_BLC[:, 1:]) if with_cls_token else (None, x_BLC)
+
+
+def join_cls_token(cls_B1C: Tensor | None, x_BLC: Tensor) -> Tensor:
+    return x_BLC if cls_B1C is None else torch.cat((cls_B1C, x_BLC), dim=1)
