@@ -121,6 +121,17 @@ class CvtImageProcessor(BaseModel):
             return resize_center(image, (height, width), square, self.resample)
         return center_crop(np.asarray(image.resize((width, height), self.resample)), square)
 
+    def affine(self) -> tuple["Tensor", "Tensor"]:
+        """What `normalize` does as one multiply-add: gain and offset of each channel, float32 (3,)."""
+        import torch
+
+        gain_C = torch.full((3,), self.rescale_factor if self.do_rescale else 1.0, dtype=torch.float64)
+        offset_C = torch.zeros(3, dtype=torch.float64)
+        if self.do_normalize:
+            mean_C, std_C = (torch.tensor(x, dtype=torch.float64) for x in (self.image_mean, self.image_std))
+            gain_C, offset_C = gain_C / std_C, -mean_C / std_C
+        return gain_C.float(), offset_C.float()
+
     def normalize(self, pixels_BHWC: "Tensor", dtype: "torch.dtype | None" = None) -> "Tensor":
         """uint8 pixels to the network's input (B, 3, H, W), computed in float32, cast to `dtype`.
 

@@ -15,6 +15,7 @@ from typing import Annotated, Any, Literal, TypeVar
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
+from cvt_model.choices import BackendName, EmbeddingKind, Precision
 from pipeline.errors import ConfigError
 
 ENV_PREFIX = "CVT_PIPELINE__"
@@ -52,11 +53,14 @@ class ModelConfig(Section):
         min_length=1,
         description="a Hub id (with @revision), a directory, or a built-in model's name",
     )
-    precision: Literal["auto", "float32", "bfloat16", "float16"] = Field(
+    precision: Literal["auto"] | Precision = Field(
         "auto",
         description="auto: the output's own; for a new output bfloat16 on GPUs, float32 on CPUs",
     )
-    embedding: Literal["pooled", "cls_token"] = Field(
+    backend: Literal["auto"] | BackendName = Field(
+        "auto", description="auto: torch on GPUs; on CPUs openvino where it is installed, else torch"
+    )
+    embedding: EmbeddingKind = Field(
         "pooled",
         description="pooled: the vector that the classifier sees; cls_token: the raw CLS token",
     )
@@ -76,7 +80,8 @@ class ComputeConfig(Section):
     """How the machine is used. Changes no result."""
 
     batch_size: Literal["auto"] | Annotated[int, Field(strict=True, ge=1, le=4096)] = Field(
-        "auto", description="images a forward pass, and a chunk; auto: 128 on GPUs, 32 on CPUs"
+        "auto",
+        description="images the model takes at once, and a chunk; auto: measured, once a machine and model",
     )
     actors: Literal["auto"] | Annotated[int, Field(strict=True, ge=1)] = Field(
         "auto", description="model replicas; auto: one a GPU, or one for every 8 CPU cores"
@@ -218,8 +223,8 @@ def _explain(model: type[BaseModel], detail: Any, prefix: tuple[str, ...]) -> st
 def _allowed(section: type[BaseModel], name: str, detail: Any) -> str:
     schema = section.model_json_schema()["properties"].get(name, {})
     alternatives = schema.get("anyOf", [schema])
-    choices = [repr(value) for option in alternatives for value in option.get("enum", [])]
-    choices += [repr(option["const"]) for option in alternatives if "const" in option]
+    constants = [option.get("enum", [option["const"]] if "const" in option else []) for option in alternatives]
+    choices = [repr(value) for values in constants for value in values]
     integers = [option for option in alternatives if option.get("type") == "integer"]
     choices += [f"a whole number from {option.get('minimum', 0)}" for option in integers]
     choices += ["a list of names" for option in alternatives if option.get("type") == "array"]

@@ -8,23 +8,24 @@ from __future__ import annotations
 
 import time
 from dataclasses import dataclass
+from typing import Literal
 
 import numpy as np
 import pyarrow as pa
 import torch
 
+from cvt_model.backends import FeatureArrays
 from cvt_model.checkpoint import resolve_checkpoint
-from cvt_model.model import CvtForImageClassification
+from cvt_model.choices import BackendName, EmbeddingKind, Precision
+from cvt_model.inference import InferenceModel
 from pipeline import schema
 from pipeline.decode import replace_rows
-from pipeline.errors import InputError
-
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+from pipeline.errors import ConfigError, InputError
 
 
 @dataclass(frozen=True)
 class EmbedOptions:
-    """What an actor has to know: which weights, in which precision, to which columns.
+    """What an actor has to know: which weights, run how, to which columns.
 
     `checkpoint` is what the user named; `weights_sha256` makes sure that every actor, on whatever
     machine, loads the weights that the fingerprint names. `num_threads` is explicit, since Ray sets
@@ -33,8 +34,10 @@ class EmbedOptions:
 
     checkpoint: str
     weights_sha256: str
-    precision: str
-    embedding: str
+    precision: Precision
+    backend: BackendName | Literal["auto"]
+    batch_size: int | Literal["auto"]
+    embedding: EmbeddingKind
     logits: schema.Logits
     dtype: str
     num_threads: int
@@ -44,7 +47,6 @@ class Embedder:
     """A loaded model: call it with a CHUNK."""
 
     def __init__(self, options: EmbedOptions) -> None:
-        torch.set_num_threads(options.num_threads)
         checkpoint = resolve_checkpoint(options.checkpoint)
         if checkpoint.weights_sha256 != options.weights_sha256:
             raise InputError(
@@ -53,16 +55,21 @@ class Embedder:
                 f"({options.weights_sha256[:12]}); it must not change while a run goes on"
             )
         self._options = options
-        self._device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-        if options.precision == "float32":  # TF32 would cost three decimal digits
-            torch.backends.cuda.matmul.allow_tf32 = False
-            torch.backends.cudnn.allow_tf32 = False
-        self._dtype = DTYPES[options.precision]
         self._processor = checkpoint.processor
         self._labels = [checkpoint.config.id2label[n] for n in range(checkpoint.num_labels)]
         self._num_labels = checkpoint.num_labels
         self._dim = checkpoint.config.embed_dim[-1]
-        self._model = checkpoint.load(dtype=self._dtype, device=self._device)
+        try:
+            self._model = InferenceModel(
+                checkpoint,
+                precision=options.precision,
+                backend=options.backend,
+                num_threads=options.num_threads,
+                batch_size=options.batch_size,
+                embedding=options.embedding,
+            )
+        except ValueError as error:
+            raise ConfigError(f"model.{error}") from error
 
     def __call__(self, chunk: pa.Table) -> pa.Table:
         """A CHUNK of one row with its PIXELS turned into rows of `embeddings/`."""
@@ -78,32 +85,13 @@ class Embedder:
             metadata=metadata,
         )
         columns = {name: pixels.column(name) for name in pixels.column_names if name != "pixels"}
-        if pixels.num_rows:
-            embedding_BD, logits_BC = self.embed(self._pixels_array(pixels))
-        else:
-            embedding_BD = torch.zeros(0, self._dim)
-            logits_BC = torch.zeros(0, self._num_labels)
-        columns |= self._result_columns(embedding_BD, logits_BC, table_schema)
+        columns |= self._result_columns(self.embed(self._pixels_array(pixels)), table_schema)
         table = pa.table([columns[name] for name in table_schema.names], table_schema)
         return replace_rows(chunk, "model", started, table, [])
 
-    @torch.inference_mode()
-    def embed(self, pixels_BHWC: np.ndarray) -> tuple[torch.Tensor, torch.Tensor]:
-        """uint8 pixels (B, H, W, 3) to float32 embeddings (B, D) and logits (B, num_labels), on CPU."""
-        pixels = torch.from_numpy(pixels_BHWC).to(self._device)
-        pixel_values = self._processor.normalize(pixels, self._dtype)
-        output = self._model(pixel_values)
-        if isinstance(self._model, CvtForImageClassification):
-            embedding, logits = output.embedding, output.logits
-            if self._options.embedding == "cls_token":
-                embedding = output.cls_token_value[:, 0]
-        elif output.cls_token_value is not None:
-            embedding, logits = output.cls_token_value[:, 0], None
-        else:
-            embedding, logits = output.last_hidden_state.mean(dim=(2, 3)), None
-        if logits is None or not self._num_labels:
-            logits = embedding.new_zeros(len(embedding), 0)
-        return embedding.float().cpu(), logits.float().cpu()
+    def embed(self, pixels_BHWC: np.ndarray) -> FeatureArrays:
+        """uint8 pixels (B, H, W, 3) to float32 embeddings (B, D) and logits (B, num_labels)."""
+        return self._model(pixels_BHWC)
 
     def _pixels_array(self, table: pa.Table) -> np.ndarray:
         """The pixels column as one array (B, H, W, 3), without a copy where it is one chunk."""
@@ -112,11 +100,10 @@ class Embedder:
         data = np.frombuffer(column.buffers()[2], np.uint8)[offsets[0] : offsets[-1]]
         size = self._processor.output_size
         assert size is not None
-        return data.reshape(len(column), *size, 3).copy()
+        return data.reshape(len(column), *size, 3)
 
-    def _result_columns(
-        self, embedding_BD: torch.Tensor, logits_BC: torch.Tensor, table_schema: pa.Schema
-    ) -> dict[str, pa.Array]:
+    def _result_columns(self, features: FeatureArrays, table_schema: pa.Schema) -> dict[str, pa.Array]:
+        embedding_BD, logits_BC = map(torch.from_numpy, features)
         columns = {"embedding": _vectors(embedding_BD, table_schema, "embedding")}
         if not self._num_labels:
             return columns

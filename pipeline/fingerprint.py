@@ -16,6 +16,7 @@ from typing import Any
 import pyarrow as pa
 
 from cvt_model.checkpoint import Checkpoint
+from cvt_model.choices import EmbeddingKind, Precision
 from pipeline.config import Config
 from pipeline.errors import FingerprintError, OutputError
 from pipeline.storage import Storage
@@ -31,8 +32,8 @@ class Fingerprint:
     weights_sha256: str
     model_config: dict[str, Any]
     preprocessing: dict[str, Any]
-    precision: str
-    embedding: str
+    precision: Precision
+    embedding: EmbeddingKind
     columns: dict[str, Any]
 
     @property
@@ -54,7 +55,7 @@ class Fingerprint:
 
 
 def make_fingerprint(
-    config: Config, checkpoint: Checkpoint, precision: str, metadata: list[pa.Field]
+    config: Config, checkpoint: Checkpoint, precision: Precision, metadata: list[pa.Field]
 ) -> Fingerprint:
     """The fingerprint of a run of `config` with this checkpoint, precision and metadata columns."""
     return Fingerprint(

@@ -13,6 +13,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from cvt_model.checkpoint import Checkpoint, resolve_checkpoint
+from cvt_model.choices import Precision, resolve_backend
 from cvt_model.errors import CheckpointError
 from pipeline import schema
 from pipeline.commits import CommitLog
@@ -39,7 +40,7 @@ class Prepared:
     metadata: tuple[pa.Field, ...]
     manifest: Manifest | None
 
-    def with_precision(self, precision: str) -> Prepared:
+    def with_precision(self, precision: Precision) -> Prepared:
         """The same run in another precision."""
         return replace(self, fingerprint=replace(self.fingerprint, precision=precision))
 
@@ -56,13 +57,18 @@ class Prepared:
 
 def find_checkpoint(config: Config) -> Checkpoint:
     """The checkpoint that the config names; ConfigError where it cannot be used."""
-    folder = Path(config.model.checkpoint).expanduser()
-    source = str(folder.resolve()) if folder.is_dir() else config.model.checkpoint
+    path = Path(config.model.checkpoint).expanduser()
+    source = config.model.checkpoint
+    if path.is_dir():
+        source = str(path.resolve())
+    elif path.is_file():  # not resolved: the description lies beside the link, not beside its target
+        source = str(path.absolute())
     try:
         checkpoint = resolve_checkpoint(source)
+        processor = checkpoint.processor
     except CheckpointError as error:
         raise ConfigError(f"model.checkpoint: {error}") from error
-    if checkpoint.processor.output_size is None:
+    if processor.output_size is None:
         raise ConfigError(
             f"model.checkpoint: {config.model.checkpoint} does not resize images (do_resize: false), so "
             "they cannot be batched; set do_resize and size in its preprocessor_config.json"
@@ -72,12 +78,18 @@ def find_checkpoint(config: Config) -> Checkpoint:
             f"model.checkpoint: {config.model.checkpoint} takes {checkpoint.config.num_channels} "
             "channels; this pipeline reads RGB images, which have 3"
         )
+    try:
+        resolve_backend(config.model.backend, on_gpu=False)
+    except ValueError as error:
+        raise ConfigError(f"model.{error}") from error
     if config.model.embedding == "cls_token" and not checkpoint.config.cls_token[-1]:
         raise ConfigError("model.embedding: this model has no CLS token in its last stage; use pooled")
     return checkpoint
 
 
-def prepare(config: Config, output: Storage, checkpoint: Checkpoint, default_precision: str) -> Prepared:
+def prepare(
+    config: Config, output: Storage, checkpoint: Checkpoint, default_precision: Precision
+) -> Prepared:
     """List the input, settle the fingerprint. `default_precision`: what auto means for a new output."""
     listing = list_input(config.input, output)
     existing = read_fingerprint(output)
@@ -85,7 +97,7 @@ def prepare(config: Config, output: Storage, checkpoint: Checkpoint, default_pre
     metadata = _metadata_fields(config, listing, manifest, existing)
     precision = config.model.precision
     if precision == "auto":
-        precision = existing.precision if existing else default_precision  # type: ignore[assignment]
+        precision = existing.precision if existing else default_precision
     fingerprint = make_fingerprint(config, checkpoint, precision, metadata)
     return Prepared(config, output, listing, checkpoint, fingerprint, tuple(metadata), manifest)
 

@@ -59,7 +59,7 @@ class Resources:
     actor_cpus: float
     decode_cpus: float
     num_threads: int
-    batch_size: int
+    chunk_images: int
     cpus: float
 
     @property
@@ -86,7 +86,9 @@ class Resources:
         compute = config.compute
         fitting = gpus or max(nodes, int(cpus // 8))
         actors = fitting if compute.actors == "auto" else compute.actors
-        batch_size = (128 if gpus else 32) if compute.batch_size == "auto" else compute.batch_size
+        chunk_images = 256 if gpus else max(32, 8 * int(cpus / actors))
+        if compute.batch_size != "auto":
+            chunk_images = compute.batch_size
         share = cpus / actors
         return cls(
             actors=actors,
@@ -94,7 +96,7 @@ class Resources:
             actor_cpus=round(min(1.0, 0.3 * share) if gpus else 0.4 * share, 2),
             decode_cpus=0.5 if cpus <= 2 else 0.9,
             num_threads=max(1, int(share)),
-            batch_size=batch_size,
+            chunk_images=chunk_images,
             cpus=cpus,
         )
 
@@ -145,7 +147,7 @@ def _sigterm_kept() -> Iterator[None]:
     def set_others(signum: int, handler: Any) -> Any:
         return signal.getsignal(signum) if signum == signal.SIGTERM else original(signum, handler)
 
-    signal.signal = set_others
+    signal.signal = set_others  # type: ignore[assignment]
     try:
         yield
     finally:
@@ -208,7 +210,7 @@ class Extraction:
         prepared, resources = self._prepared, self._resources
         config, checkpoint = prepared.config, prepared.checkpoint
         read = ReadOptions(
-            chunk_images=resources.batch_size,
+            chunk_images=resources.chunk_images,
             max_image_bytes=config.limits.max_image_bytes,
             metadata=prepared.metadata,
             image_column=config.input.image_column,
@@ -218,6 +220,8 @@ class Extraction:
             "checkpoint": checkpoint.source,
             "weights_sha256": checkpoint.weights_sha256,
             "precision": prepared.fingerprint.precision,
+            "backend": config.model.backend,
+            "batch_size": config.compute.batch_size,
             "embedding": config.model.embedding,
             "logits": config.output.logits,
             "dtype": config.output.dtype,

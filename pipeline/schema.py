@@ -1,7 +1,7 @@
 """The Arrow schemas: the one contract between stages, and the only place where columns are named.
 
 A stage takes a table and returns a table. What travels through Ray is a CHUNK row: at most
-`compute.batch_size` samples of one shard, packed as Arrow IPC in one binary cell, so that a row can be
+`chunk_images` samples of one shard, packed as Arrow IPC in one binary cell, so that a row can be
 scheduled, retried and counted as a whole, and shards with different metadata can share a data set.
 
 Order of a sample's life: SAMPLES (encoded bytes) -> PIXELS (decoded) -> embeddings rows; a sample that

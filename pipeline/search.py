@@ -119,8 +119,7 @@ class Searcher:
         except ImageError as error:
             raise SearchError(f"the query is not a usable image: {error.message}") from error
         processor, embedder = self._embedder
-        embedding_BD, _ = embedder.embed(np.array(processor.to_pixels(image.image_rgb)[None]))
-        return embedding_BD[0].numpy()  # type: ignore[no-any-return]
+        return embedder.embed(processor.to_pixels(image.image_rgb)[None]).embedding[0]  # type: ignore[no-any-return]
 
     @cached_property
     def _embedder(self) -> tuple[CvtImageProcessor, Any]:
@@ -143,6 +142,8 @@ class Searcher:
             checkpoint=fingerprint.source,
             weights_sha256=fingerprint.weights_sha256,
             precision=fingerprint.precision,
+            backend="auto",
+            batch_size=1,
             embedding=fingerprint.embedding,
             logits="none",
             dtype="float32",
