@@ -1,29 +1,39 @@
 """Checkpoints: from what a user names to a network with its weights and its preprocessing.
 
-What enters: a directory in the Hub's layout, a Hub id, or the name of a built-in model. What
-leaves: a `Checkpoint`, resolved without loading tensors, that loads itself on demand. It must not
-know images, storage or clusters, and imports torch only to load.
+What enters: a directory in the Hub's layout, a weight file of any layout, a Hub id, the short name
+of a published model, or the name of a built-in one. What leaves: a `Checkpoint`, resolved without
+loading tensors, that loads itself on demand. It must not know images, storage or clusters, and
+imports torch only to load.
 """
 
-from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, TypeVar
 
-from cvt_model.config import PRESETS, CvtConfig
+from cvt_model import microsoft, microsoft_spec, tensorflow
+from cvt_model.config import CvtConfig
 from cvt_model.errors import CheckpointError
-from cvt_model.hub import fetch, is_hub_id
+from cvt_model.hub import fetch, full_id, is_hub_id
+from cvt_model.hub_config import read_config, read_preprocessing
 from cvt_model.image_processor import CvtImageProcessor
+from cvt_model.layouts import (
+    HEAD,
+    STAGES_PREFIX,
+    TRANSFORMERS,
+    Layout,
+    match_keys,
+    transformers_layout,
+)
+from cvt_model.presets import HUB_IDS, PRESETS
 from cvt_model.weights import (
     Shapes,
-    check_keys,
     draw_weights,
     find_weight_files,
     hash_files,
     hash_preset,
-    read_json,
     read_shapes,
-    read_tensors,
 )
 
 if TYPE_CHECKING:
@@ -35,11 +45,6 @@ if TYPE_CHECKING:
 __all__ = ["Checkpoint", "CheckpointError", "resolve_checkpoint"]
 
 Model = TypeVar("Model", bound="CvtModel | CvtForImageClassification")
-Settings = TypeVar("Settings", CvtConfig, CvtImageProcessor)
-Value = TypeVar("Value")
-
-STAGES_PREFIX = "cvt."  # of the stages' parameters inside CvtForImageClassification
-HEAD_PREFIXES = ("layernorm.", "classifier.")
 
 
 @dataclass(frozen=True)
@@ -47,13 +52,25 @@ class Checkpoint:
     """A checkpoint that was found and understood; no tensor is loaded yet."""
 
     source: str
-    path: Path | None  # the directory; None of a built-in model
+    path: Path | None  # the directory or the weight file; None of a built-in model
     weight_files: tuple[Path, ...]  # sorted by name; empty of a built-in model
+    layout: Layout  # of the weight files
     config: CvtConfig  # its num_labels is 0 where the weights have no classifier
-    processor: CvtImageProcessor
+    preprocessing: CvtImageProcessor | str  # or the reason why there is none
     weights_sha256: str
-    num_labels: int  # 0 where the weights have no classifier
     has_layernorm: bool  # False of a headless checkpoint, which loads as CvtModel
+
+    @property
+    def num_labels(self) -> int:
+        """Classes; 0 where the weights have no classifier."""
+        return self.config.num_labels
+
+    @property
+    def processor(self) -> CvtImageProcessor:
+        """The preprocessing; raises CheckpointError where the checkpoint has none of use to us."""
+        if isinstance(self.preprocessing, str):
+            raise CheckpointError(self.preprocessing)
+        return self.preprocessing
 
     def load(
         self, dtype: "torch.dtype | None" = None, device: "torch.device | str" = "cpu"
@@ -88,17 +105,19 @@ class Checkpoint:
             )
         with torch.device("meta"):
             model = model_class(self.config)
-        if self.path is not None:
-            expected = {key: tuple(value.shape) for key, value in model.state_dict().items()}
-            found = read_shapes(self.weight_files)
-            check_keys(self.source, expected, dict(renamed(found.items(), headless)))
+        prefix = STAGES_PREFIX if headless else ""
+        expected = {prefix + key: tuple(value.shape) for key, value in model.state_dict().items()}
+        found = self.layout.read_shapes(self.weight_files) if self.weight_files else expected
+        names = match_keys(self.source, self.layout, expected, found, HEAD if headless else ())
         state = {
-            key: tensor.to(
+            names[name].removeprefix(prefix): tensor.to(
                 device=device,
                 dtype=(dtype or torch.float32) if tensor.is_floating_point() else None,
                 copy=True,  # a tensor that is a view of its file would not survive the file
+                memory_format=torch.contiguous_format,
             )
-            for key, tensor in renamed(self.read_tensors(), headless)
+            for name, tensor in self.read_tensors()
+            if name in names
         }
         for key in model.state_dict().keys() - state.keys():
             state[key] = torch.zeros((), dtype=torch.long, device=device)  # num_batches_tracked
@@ -107,29 +126,34 @@ class Checkpoint:
         return model
 
     def read_tensors(self) -> "Iterator[tuple[str, Tensor]]":
+        """Every tensor under the name that its file gives it, with torch's axes."""
         if self.path is None:
             return draw_weights(PRESETS[self.source])
-        return read_tensors(self.weight_files)
+        return self.layout.read_tensors(self.weight_files)
 
 
-def resolve_checkpoint(source: str) -> Checkpoint:
-    """Find and check a checkpoint: a directory, a Hub id (`org/name@revision`), a built-in name.
+def resolve_checkpoint(source: str | os.PathLike[str]) -> Checkpoint:
+    """Find and check a checkpoint: a directory, a weight file, a Hub id (`org/name@revision`), the
+    short name of a published model (`cvt-13`), or the name of a built-in one.
 
-    An existing directory wins over a built-in name, that over a Hub id. Reads configs, key names
-    and the files' hash, no tensors. Raises CheckpointError.
+    An existing file or directory wins over a name. Reads configs, key names and the files' hash, no
+    tensors. Raises CheckpointError.
     """
+    source = os.fspath(source)
     path = Path(source).expanduser()
     if path.is_dir():
         return resolve_directory(source, path)
+    if path.is_file():
+        return resolve_file(source, path)
     if source in PRESETS:
         return resolve_builtin(source)
-    if path.exists():
-        raise CheckpointError(f"{source} is a file; give the directory that holds it")
     if not is_hub_id(source):
         raise CheckpointError(
-            f"{source}: no such directory, and not a Hub id (org/name, org/name@revision); check "
-            f"the spelling, or use a built-in model: {', '.join(PRESETS)}"
+            f"{source}: no such file or directory, and not a Hub id (org/name, org/name@revision); "
+            "check the spelling, or use a published or a built-in model: "
+            f"{', '.join((*HUB_IDS, *PRESETS))}"
         )
+    source = full_id(source)
     return resolve_directory(source, fetch(source))
 
 
@@ -139,89 +163,82 @@ def resolve_builtin(name: str) -> Checkpoint:
         source=name,
         path=None,
         weight_files=(),
+        layout=TRANSFORMERS,
         config=preset.config,
-        processor=CvtImageProcessor.from_dict(preset.processor),
+        preprocessing=CvtImageProcessor.from_dict(preset.processor),
         weights_sha256=hash_preset(preset),
-        num_labels=preset.config.num_labels,
         has_layernorm=True,
     )
 
 
+def resolve_file(source: str, path: Path) -> Checkpoint:
+    """A weight file by itself, its description beside it."""
+    if path.suffix in microsoft.SUFFIXES:
+        return resolve_microsoft(source, path)
+    if path.suffix in (".safetensors", ".bin", *tensorflow.SUFFIXES):
+        return replace(resolve_hub_layout(source, path.parent, (path,)), path=path)
+    raise CheckpointError(
+        f"{source} is no weight file by its name; give a .safetensors, .bin, .h5 or .pth file, or the "
+        "directory that holds it"
+    )
+
+
 def resolve_directory(source: str, path: Path) -> Checkpoint:
-    config = read_config(path)
-    processor = read_processor(path)
-    weight_files = find_weight_files(path)
-    shapes = read_shapes(weight_files)
-    if any(key.startswith("classifier.") for key in shapes):
-        check_classifier(path, config, shapes)
+    return resolve_hub_layout(source, path, find_weight_files(path))
+
+
+def resolve_hub_layout(source: str, folder: Path, weight_files: tuple[Path, ...]) -> Checkpoint:
+    """Weights of PyTorch or TensorFlow with transformers' files beside them."""
+    config = read_config(folder)
+    if weight_files[0].suffix in tensorflow.SUFFIXES:
+        shapes = tensorflow.read_shapes(weight_files)
+        layout = tensorflow.tensorflow_layout(weight_files[0], config, shapes)
+    else:
+        shapes = read_shapes(weight_files)
+        layout = transformers_layout(shapes)
+    if layout.holds(shapes, "classifier"):
+        check_classifier(folder, config, layout, shapes)
     else:
         config = config.with_num_labels(0)
     return Checkpoint(
         source=source,
-        path=path,
+        path=folder,
         weight_files=weight_files,
+        layout=layout,
         config=config,
-        processor=processor,
+        preprocessing=read_preprocessing(folder),
         weights_sha256=hash_files(weight_files),
-        num_labels=config.num_labels,
-        has_layernorm=any(key.startswith(HEAD_PREFIXES) for key in shapes),
+        has_layernorm=layout.holds(shapes, ""),
     )
 
 
-def read_config(path: Path) -> CvtConfig:
-    file = path / "config.json"
-    if not file.is_file():
-        raise CheckpointError(
-            f"{path} is not a checkpoint: it has no config.json; give a directory that "
-            "save_pretrained wrote, or a complete copy of a Hub repository"
-        )
-    config = read_settings(file, CvtConfig.from_dict, read_json(file))
-    if config.num_channels != 3:
-        raise CheckpointError(
-            f"{file}: num_channels: is {config.num_channels}; images are read as RGB, so only "
-            "models of 3 channels can be used"
-        )
-    return config
-
-
-def read_processor(path: Path) -> CvtImageProcessor:
-    """The preprocessing, from either file that transformers writes it to."""
-    file = path / "preprocessor_config.json"
-    if file.is_file():
-        return read_settings(file, CvtImageProcessor.from_dict, read_json(file))
-    combined = path / "processor_config.json"
-    section = read_json(combined).get("image_processor") if combined.is_file() else None
-    if isinstance(section, dict):
-        return read_settings(combined, CvtImageProcessor.from_dict, section)
-    raise CheckpointError(
-        f"{path} has no preprocessor_config.json, without which images cannot be prepared as in "
-        "training; copy it from the model that this one was trained from, or write one with "
-        "ConvNextImageProcessor(...).save_pretrained"
+def resolve_microsoft(source: str, path: Path) -> Checkpoint:
+    """A `.pth` file of the original authors, its spec beside it or inferred."""
+    shapes = microsoft.read_shapes((path,))
+    spec = microsoft_spec.find_spec(path)
+    values = microsoft_spec.read_spec(spec) if spec else {}
+    if spec:
+        config = microsoft_spec.config_of_spec(spec, values, microsoft.count_classes(shapes))
+    else:
+        config = microsoft.infer_config(path, shapes)
+    return Checkpoint(
+        source=source,
+        path=path,
+        weight_files=(path,),
+        layout=microsoft.microsoft_layout(spec),
+        config=config,
+        preprocessing=microsoft_spec.transform_for(path, spec, values),
+        weights_sha256=hash_files((path,)),
+        has_layernorm=True,
     )
 
 
-def read_settings(
-    file: Path, parse: Callable[[dict[str, Any]], Settings], values: dict[str, Any]
-) -> Settings:
-    try:
-        return parse(values)
-    except ValueError as error:
-        raise CheckpointError(f"{file}: {error}") from error
-
-
-def check_classifier(path: Path, config: CvtConfig, shapes: Shapes) -> None:
-    shape = shapes.get("classifier.weight", (config.num_labels,))
-    if shape[:1] != (config.num_labels,):
+def check_classifier(path: Path, config: CvtConfig, layout: Layout, shapes: Shapes) -> None:
+    """Tell a wrong number of labels before loading, in words that help more than shapes."""
+    stored = shapes.get(layout.rename("classifier.weight"), ())
+    outputs = layout.shape_as_stored(stored)[:1] or (config.num_labels,)
+    if outputs != (config.num_labels,):
         raise CheckpointError(
-            f"{path}: the classifier has {shape[0] if shape else 'no'} outputs, config.json names "
+            f"{path}: the classifier has {outputs[0]} outputs, config.json names "
             f"{config.num_labels} labels; write id2label for each output into config.json"
         )
-
-
-def renamed(items: Iterable[tuple[str, Value]], headless: bool) -> Iterator[tuple[str, Value]]:
-    """The items under the names of the class to load: CvtModel has no head and no prefix."""
-    for key, value in items:
-        if not headless:
-            yield key, value
-        elif not key.startswith(HEAD_PREFIXES):
-            yield key.removeprefix(STAGES_PREFIX), value

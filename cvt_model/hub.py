@@ -17,6 +17,7 @@ from huggingface_hub.errors import (
 )
 
 from cvt_model.errors import CheckpointError
+from cvt_model.presets import HUB_IDS
 
 CONFIG_FILES = ("config.json", "preprocessor_config.json", "processor_config.json")
 SAFETENSORS_FILES = ("model.safetensors", "model.safetensors.index.json", "model-*.safetensors")
@@ -25,6 +26,7 @@ PICKLE_FILES = (
     "pytorch_model.bin.index.json",
     "pytorch_model-*.bin",
 )
+TENSORFLOW_FILES = ("tf_model.h5",)
 HUB_ID = re.compile(r"(?:[A-Za-z0-9][\w.-]*/)?[A-Za-z0-9][\w.-]*")
 OR_LOCAL = "or give a local directory"
 
@@ -39,15 +41,23 @@ def is_hub_id(source: str) -> bool:
     return HUB_ID.fullmatch(split_revision(source)[0]) is not None
 
 
+def full_id(source: str) -> str:
+    """The Hub id that the short name of a published model stands for; any other id as it is."""
+    name, revision = split_revision(source)
+    repo_id = HUB_IDS.get(name, name)
+    return f"{repo_id}@{revision}" if revision else repo_id
+
+
 def fetch(source: str) -> Path:
-    """The directory of a Hub id's files; weights in pickles come only where no safetensors do.
+    """The directory of a Hub id's files; only the first kind of weights that it has is downloaded.
 
     Raises CheckpointError.
     """
     repo_id, revision = split_revision(source)
-    directory = download(repo_id, revision, CONFIG_FILES + SAFETENSORS_FILES)
-    if not any(directory.glob("model*.safetensors")):
-        directory = download(repo_id, revision, CONFIG_FILES + PICKLE_FILES)
+    for weights in (SAFETENSORS_FILES, PICKLE_FILES, TENSORFLOW_FILES):
+        directory = download(repo_id, revision, CONFIG_FILES + weights)
+        if any(any(directory.glob(pattern)) for pattern in weights):
+            break
     return directory
 
 

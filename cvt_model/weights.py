@@ -6,6 +6,7 @@ one. It must not know what a network computes. torch is imported only where tens
 
 import hashlib
 import json
+import math
 import pickle
 import zipfile
 from collections.abc import Iterator
@@ -14,25 +15,28 @@ from typing import TYPE_CHECKING, Any
 
 from safetensors import SafetensorError, safe_open
 
-from cvt_model.config import Preset
 from cvt_model.errors import CheckpointError
+from cvt_model.presets import Preset
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-Shapes = dict[str, tuple[int, ...]]
+Shape = tuple[int, ...]
+Shapes = dict[str, Shape]
 
-SINGLE_FILES = ("model.safetensors", "pytorch_model.bin")
-# In order of preference: safetensors cannot hold code and is read without copying it whole.
+# In order of preference: safetensors cannot hold code and is read without copying it whole;
+# TensorFlow's file has other names and axes.
 WEIGHT_FILES = (
     "model.safetensors",
     "model.safetensors.index.json",
     "pytorch_model.bin",
     "pytorch_model.bin.index.json",
+    "tf_model.h5",
 )
 OPTIONAL_SUFFIX = ".num_batches_tracked"  # counts training steps; inference never reads it
 FETCH_AGAIN = "copy or download the checkpoint again"
 HASH_BLOCK_BYTES = 2**20
+MAPPED_NUMBERS = 2**23  # 32 MiB of float32
 BUILTIN_RECIPE = 1  # raise it when the way the built-in weights are drawn changes
 
 
@@ -41,7 +45,7 @@ def find_weight_files(directory: Path) -> tuple[Path, ...]:
     for name in WEIGHT_FILES:
         path = directory / name
         if path.is_file():
-            return (path,) if name in SINGLE_FILES else shards_of(path)
+            return shards_of(path) if name.endswith(".index.json") else (path,)
     raise CheckpointError(
         f"{directory} holds no weights: none of {', '.join(WEIGHT_FILES)} is there; give a "
         "directory that save_pretrained wrote, or a complete copy of a Hub repository"
@@ -83,19 +87,38 @@ def read_shapes(files: tuple[Path, ...]) -> Shapes:
             with open_safetensors(path, "numpy") as tensors:
                 shapes |= {key: tuple(tensors.get_slice(key).get_shape()) for key in tensors.keys()}  # noqa: SIM118
         else:
-            shapes |= {key: tuple(tensor.shape) for key, tensor in load_pickle(path).items()}
+            tensors_by_name = tensors_of(path, load_pickle(path))
+            shapes |= {key: tuple(tensor.shape) for key, tensor in tensors_by_name.items()}
     return shapes
 
 
 def read_tensors(files: tuple[Path, ...]) -> Iterator[tuple[str, "Tensor"]]:
-    """Every tensor by name, on the CPU, in the files' dtype; each may be a view of its file."""
+    """Every tensor by name, on the CPU, in the files' dtype; each may be a view of its file.
+
+    Pages of a mapped file that were read count as memory of this process until the map is closed:
+    a safetensors file is therefore mapped anew after every MAPPED_NUMBERS. Keep copies, not views.
+    """
     for path in files:
         if path.suffix == ".safetensors":
-            with open_safetensors(path, "pt") as tensors:
-                for key in tensors.keys():  # noqa: SIM118
-                    yield key, tensors.get_tensor(key)
+            for keys in groups_of_keys(path):
+                with open_safetensors(path, "pt") as tensors:
+                    for key in keys:
+                        yield key, tensors.get_tensor(key)
         else:
-            yield from load_pickle(path).items()
+            yield from tensors_of(path, load_pickle(path)).items()
+
+
+def groups_of_keys(path: Path) -> list[list[str]]:
+    """The names in a safetensors file, in groups of about MAPPED_NUMBERS."""
+    groups: list[list[str]] = [[]]
+    numbers = 0
+    for key, shape in read_shapes((path,)).items():
+        groups[-1].append(key)
+        numbers += math.prod(shape)
+        if numbers >= MAPPED_NUMBERS:
+            groups.append([])
+            numbers = 0
+    return groups
 
 
 def open_safetensors(path: Path, framework: str) -> Any:
@@ -107,14 +130,14 @@ def open_safetensors(path: Path, framework: str) -> Any:
         ) from error
 
 
-def load_pickle(path: Path) -> dict[str, "Tensor"]:
-    """A `torch.save` file of tensors by name; code in it is refused, never run."""
+def load_pickle(path: Path) -> Any:
+    """What a `torch.save` file holds; code in it is refused, never run."""
     import torch
 
     try:
         # Files from before torch 1.6 are no zip archives and cannot be mapped.
         mmap = zipfile.is_zipfile(path)
-        state = torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
+        return torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
     except pickle.UnpicklingError as error:
         raise CheckpointError(
             f"{path} is no plain file of tensors: it is damaged, or holds Python objects that "
@@ -124,7 +147,15 @@ def load_pickle(path: Path) -> dict[str, "Tensor"]:
     except (RuntimeError, OSError, EOFError, ValueError, KeyError) as error:
         reason = str(error).partition("\n")[0]
         raise CheckpointError(f"{path} is not a complete PyTorch file: {reason}; {FETCH_AGAIN}") from error
-    if not isinstance(state, dict) or not all(isinstance(v, torch.Tensor) for v in state.values()):
+
+
+def tensors_of(path: Path, state: Any) -> dict[str, "Tensor"]:
+    """A pickle's content, where it is tensors by name and nothing else."""
+    import torch
+
+    if not isinstance(state, dict) or not all(
+        isinstance(key, str) and isinstance(value, torch.Tensor) for key, value in state.items()
+    ):
         raise CheckpointError(
             f"{path} holds more than tensors by name; save the model's state_dict() alone"
         )
@@ -178,31 +209,6 @@ def draw_weights(preset: Preset) -> Iterator[tuple[str, "Tensor"]]:
             yield key, torch.ones(tensor.shape)
         else:
             yield key, torch.zeros(tensor.shape)
-
-
-def check_keys(source: str, expected: Shapes, found: Shapes) -> None:
-    """Refuse weights that are not exactly the network's, naming everything that is off."""
-    missing = [key for key in expected if key not in found and not key.endswith(OPTIONAL_SUFFIX)]
-    unexpected = [key for key in found if key not in expected]
-    misshapen = [
-        f"{key} {found[key]} instead of {shape}"
-        for key, shape in expected.items()
-        if key in found and found[key] != shape
-    ]
-    problems = [
-        f"{len(keys)} {kind}: {shortlist(keys)}"
-        for kind, keys in (
-            ("missing", missing),
-            ("unexpected", unexpected),
-            ("of another shape", misshapen),
-        )
-        if keys
-    ]
-    if problems:
-        raise CheckpointError(
-            f"{source}: the weights do not fit config.json; parameters {'; '.join(problems)}. "
-            "Give the config.json that was saved with these weights"
-        )
 
 
 def shortlist(items: list[str], limit: int = 8) -> str:

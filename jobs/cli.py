@@ -14,7 +14,7 @@ import typer
 
 from jobs.common import run_verb
 
-VERBS = ("extract", "plan", "status", "verify", "index", "search", "demo")
+VERBS = ("classify", "extract", "plan", "status", "verify", "index", "search", "convert", "demo")
 
 
 def main() -> None:

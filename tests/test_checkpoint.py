@@ -1,6 +1,5 @@
 """Finding, checking and loading of checkpoints, written by transformers and torch."""
 
-import hashlib
 import json
 import os
 import pickle
@@ -12,7 +11,6 @@ from pathlib import Path
 import pytest
 import torch
 import transformers
-from huggingface_hub import constants
 from safetensors.torch import load_file, save_file
 
 from cvt_model import (
@@ -23,7 +21,10 @@ from cvt_model import (
     resolve_checkpoint,
 )
 from cvt_model.checkpoint import Checkpoint
-from cvt_model.config import PRESETS
+from cvt_model.presets import PRESETS
+from pipeline.errors import ConfigError
+from pipeline.prepare import find_checkpoint
+from tests.running import make_config
 from tests.tiny_cvt import reference_model, save_checkpoint
 
 REPO = Path(__file__).parents[1]
@@ -236,11 +237,7 @@ def test_a_truncated_weight_file_is_named(saved, reference, keep, kind):
         ("config.json", "[]", r"config\.json must hold a JSON object"),
         ("config.json", '{"model_type": "vit"}', r"config\.json: model_type: is 'vit'"),
         ("config.json", '{"depth": [1]}', r"config\.json: patch_sizes: has 3 entries"),
-        ("config.json", '{"num_channels": 1}', r"config\.json: num_channels: is 1"),
         ("config.json", None, r"not a checkpoint: it has no config\.json"),
-        ("preprocessor_config.json", None, r"no preprocessor_config\.json.*copy it from"),
-        ("preprocessor_config.json", '{"resample": 9}', r"preprocessor_config\.json: resample"),
-        ("preprocessor_config.json", "\xff", r"preprocessor_config\.json is not readable JSON"),
         ("model.safetensors", None, r"holds no weights: none of model\.safetensors"),
     ],
 )
@@ -251,6 +248,25 @@ def test_a_file_that_is_missing_or_wrong_is_named(saved, file, text, message):
         (saved / file).write_text(text, encoding="latin-1")
     with pytest.raises(CheckpointError, match=message):
         resolve_checkpoint(str(saved))
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        (None, r"no preprocessor_config\.json.*copy it from"),
+        ('{"resample": 9}', r"preprocessor_config\.json: resample"),
+        ("\xff", r"preprocessor_config\.json is not readable JSON"),
+    ],
+)
+def test_only_who_prepares_images_needs_the_preprocessing(saved, reference, text, message):
+    (saved / "preprocessor_config.json").unlink()
+    if text is not None:
+        (saved / "preprocessor_config.json").write_text(text, encoding="latin-1")
+    assert_loads_as(reference, saved)
+    with pytest.raises(CheckpointError, match=message):
+        _ = resolve_checkpoint(str(saved)).processor
+    with pytest.raises(ConfigError, match=message):
+        find_checkpoint(make_config("in", saved, "out"))
 
 
 @pytest.mark.parametrize(
@@ -301,73 +317,31 @@ def test_what_is_neither_directory_nor_hub_id_is_refused(source, tmp_path, monke
         resolve_checkpoint(source)
 
 
-def test_a_file_is_refused_with_a_remedy(saved):
-    with pytest.raises(CheckpointError, match="is a file; give the directory"):
-        resolve_checkpoint(str(saved / "model.safetensors"))
+@pytest.mark.parametrize("kind", ["safetensors", "bin"])
+def test_a_weight_file_stands_for_its_directory(saved, reference, kind):
+    if kind == "bin":
+        rewrite_as_bin(saved, reference)
+    file = saved / {"safetensors": "model.safetensors", "bin": "pytorch_model.bin"}[kind]
+    checkpoint = resolve_checkpoint(str(file))
+    assert checkpoint.path == file
+    assert checkpoint.weights_sha256 == resolve_checkpoint(str(saved)).weights_sha256
+    assert checkpoint.processor == resolve_checkpoint(str(saved)).processor
+    assert_loads_as(reference, file)
+    assert resolve_checkpoint(file).source == str(file)
 
 
-@pytest.fixture
-def hub_cache(saved, tmp_path, monkeypatch):
-    """A Hub cache that holds org/tiny, main and the branch v2, and no network."""
-    repo = tmp_path / "hub" / "models--org--tiny"
-    for commit, branch in (("a" * 40, "main"), ("b" * 40, "v2")):
-        snapshot = repo / "snapshots" / commit
-        snapshot.mkdir(parents=True)
-        (repo / "blobs").mkdir(exist_ok=True)
-        for file in saved.iterdir():
-            blob = repo / "blobs" / hashlib.sha256(file.read_bytes()).hexdigest()
-            shutil.copy(file, blob)
-            (snapshot / file.name).symlink_to(os.path.relpath(blob, snapshot))
-        (repo / "refs").mkdir(exist_ok=True)
-        (repo / "refs" / branch).write_text(commit)
-        rewrite_weights(saved, lambda state: state["layernorm.bias"].add_(1))
-    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
-    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
-    monkeypatch.chdir(tmp_path)
-    return tmp_path / "hub"
+def test_a_run_finds_a_weight_file_from_any_directory(saved, monkeypatch):
+    monkeypatch.chdir(saved)
+    checkpoint = find_checkpoint(make_config("in", "model.safetensors", "out"))
+    assert checkpoint.source == str(saved / "model.safetensors")
 
 
-def test_a_hub_id_is_found_in_the_cache_without_network(hub_cache, reference):
-    checkpoint = resolve_checkpoint("org/tiny")
-    assert checkpoint.source == "org/tiny"
-    assert checkpoint.path.is_relative_to(hub_cache)
-    assert_loads_as(reference, "org/tiny")
-
-
-def test_a_revision_picks_its_snapshot(hub_cache):
-    main, branch = resolve_checkpoint("org/tiny"), resolve_checkpoint("org/tiny@v2")
-    assert branch.path.name == "b" * 40
-    assert main.weights_sha256 != branch.weights_sha256
-    assert resolve_checkpoint("org/tiny@" + "a" * 40).weights_sha256 == main.weights_sha256
-
-
-@pytest.mark.parametrize("source", ["org/absent", "org/tiny@v3", "absent"])
-def test_an_id_that_is_not_cached_is_named_with_the_remedies(hub_cache, source):
-    with pytest.raises(CheckpointError) as caught:
-        resolve_checkpoint(source)
-    message = str(caught.value)
-    assert message.startswith(source)
-    for remedy in ("check the spelling", "unset HF_HUB_OFFLINE", "give a local directory"):
-        assert remedy in message
-
-
-def test_hf_home_and_offline_are_honoured_in_the_environment(hub_cache):
-    environment = {
-        **os.environ, "PYTHONPATH": str(REPO), "HF_HOME": str(hub_cache.parent),
-        "HF_HUB_OFFLINE": "1",
-    }  # fmt: skip
-    environment.pop("HF_HUB_CACHE", None)
-    code = "import cvt_model; print(cvt_model.resolve_checkpoint('org/tiny').path)"
-    done = subprocess.run(
-        [sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True
-    )
-    assert done.stdout.strip().startswith(str(hub_cache))
-
-
-def test_an_existing_directory_wins_over_a_hub_id_and_a_built_in_name(hub_cache, saved):
-    for name in ("org/tiny", "cvt-tiny-random"):
-        shutil.copytree(saved, hub_cache.parent / name)
-        assert resolve_checkpoint(name).path == Path(name)
+def test_a_file_that_holds_no_weights_is_refused_with_a_remedy(saved):
+    with pytest.raises(CheckpointError, match="is no weight file by its name; give a"):
+        resolve_checkpoint(str(saved / "config.json"))
+    (saved.parent / "model.safetensors").write_bytes((saved / "model.safetensors").read_bytes())
+    with pytest.raises(CheckpointError, match=r"it has no config\.json"):
+        resolve_checkpoint(str(saved.parent / "model.safetensors"))
 
 
 def test_resolving_imports_no_torch_and_importing_no_transformers(saved):
