@@ -154,14 +154,20 @@ class InferenceModel:
             return self.precision
         if self.backend == "openvino":
             return "float32"
-        supported = {
-            "bfloat16": torch.ops.mkldnn._is_mkldnn_bf16_supported,
-            "float16": torch.ops.mkldnn._is_mkldnn_fp16_supported,
-        }
-        if supported[self.precision]():
+        if cpu_computes_in(self.precision):
             return self.precision
         logger.info("this CPU has no arithmetic in %s: computing in float32", self.precision)
         return "float32"
+
+
+def cpu_computes_in(precision: Precision) -> bool:
+    """Whether this CPU's vector units have the precision, so that torch does not emulate it."""
+    kernels = torch.ops.mkldnn
+    supported = {
+        "bfloat16": kernels._is_mkldnn_bf16_supported,
+        "float16": kernels._is_mkldnn_fp16_supported,
+    }
+    return precision == "float32" or bool(supported[precision]())
 
 
 def available_cores() -> int:

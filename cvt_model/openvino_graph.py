@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 import openvino as ov
-from openvino import opset13 as ops
+from openvino import opset14 as ops
 from torch import Tensor, nn
 
 from cvt_model.fused import Convolution, FusedAttention, FusedCvt, FusedLayer, FusedStage, LayerNorm, Linear
@@ -76,12 +76,12 @@ def run_layer(layer: FusedLayer, x_BLC: Node, size: tuple[int, int]) -> Node:
 def run_attention(attention: FusedAttention, x_BLC: Node, size: tuple[int, int], cls_only: bool) -> Node:
     cls_B1C, map_BLC = split_cls_token(x_BLC, attention.with_cls_token)
     map_BCHW = to_map(map_BLC, size)
-    k_BSC = v_BSC = join_cls_token(cls_B1C, run_map(attention.map_key, map_BCHW, map_BLC))
+    k_BSC = v_BSC = join_cls_token(cls_B1C, run_map(attention.map_key, map_BCHW, map_BLC, size))
     if attention.map_value is not None:
-        v_BSC = join_cls_token(cls_B1C, run_map(attention.map_value, map_BCHW, map_BLC))
+        v_BSC = join_cls_token(cls_B1C, run_map(attention.map_value, map_BCHW, map_BLC, size))
     q_BLC = cls_B1C
     if not cls_only:
-        q_BLC = join_cls_token(cls_B1C, run_map(attention.map_query, map_BCHW, map_BLC))
+        q_BLC = join_cls_token(cls_B1C, run_map(attention.map_query, map_BCHW, map_BLC, size))
     heads = attention.num_heads
     q_BNLD, k_BNSD, v_BNSD = (
         transpose(ops.reshape(x, ops.constant([0, 0, heads, -1], np.int64), True), HEADS_FIRST)
@@ -96,14 +96,33 @@ def run_attention(attention: FusedAttention, x_BLC: Node, size: tuple[int, int],
     return ops.reshape(context_BLND, ops.constant([0, 0, -1], np.int64), True)
 
 
-def run_map(module: nn.Module, map_BCHW: Node, map_BLC: Node) -> Node:
+def run_map(module: nn.Module, map_BCHW: Node, map_BLC: Node, size: tuple[int, int]) -> Node:
     """What the map goes through before it becomes queries, keys or values, as tokens."""
     if isinstance(module, Convolution):
         return to_tokens(convolution(map_BCHW, module))
     if isinstance(module, nn.AvgPool2d):
-        strides, padding, kernel = ([n, n] for n in (module.stride, module.padding, module.kernel_size))
-        return to_tokens(ops.avg_pool(map_BCHW, strides, padding, padding, kernel, False, "ceil_torch"))
+        return to_tokens(average_pool(map_BCHW, module, size))
     return map_BLC
+
+
+def average_pool(x_BCHW: Node, module: nn.AvgPool2d, size: tuple[int, int]) -> Node:
+    """torch's pooling in ceil mode, as sums times a map of weights.
+
+    OpenVINO's own pooling counts otherwise where the last window reaches beyond the padding.
+    """
+    kernel, stride, padding = (int(n) for n in (module.kernel_size, module.stride, module.padding))  # type: ignore[arg-type]
+    spans = [window_spans(length, kernel, stride, padding) for length in size]
+    ends = [max((len(s) - 1) * stride + kernel - padding - n, 0) for s, n in zip(spans, size, strict=True)]
+    ones = np.ones((length(x_BCHW, 1), 1, 1, kernel, kernel), np.float32)
+    sums_BCHW = ops.group_convolution(x_BCHW, ops.constant(ones), [stride] * 2, [padding] * 2, ends, [1, 1])
+    return ops.multiply(sums_BCHW, ops.constant((1 / np.outer(*spans))[None, None].astype(np.float32)))
+
+
+def window_spans(length: int, kernel: int, stride: int, padding: int) -> list[int]:
+    """How many places of the padded axis each window of torch's ceil mode covers."""
+    starts = range(-padding, length + 2 * padding, stride)
+    count = -((kernel - length - 2 * padding) // stride) + 1
+    return [min(start + kernel, length + padding) - start for start in starts[:count] if start < length]
 
 
 def convolution(x_BCHW: Node, module: Convolution) -> Node:

@@ -51,7 +51,8 @@ class ModelConfig(Section):
 
     checkpoint: str = Field(
         min_length=1,
-        description="a Hub id (with @revision), a directory, or a built-in model's name",
+        description="a Hub id (with @revision), a published model's short name (cvt-13), a directory in the "
+        "Hub's layout, a weight file (.safetensors, .bin, .pth, .h5), or a built-in model's name",
     )
     precision: Literal["auto"] | Precision = Field(
         "auto",

@@ -128,9 +128,10 @@ class Searcher:
         fingerprint = require_fingerprint(self._output)
         try:
             checkpoint = resolve_checkpoint(fingerprint.source)
+            processor = checkpoint.processor
         except CheckpointError as error:
             raise SearchError(f"searching by image needs the output's model: {error}") from error
-        if (checkpoint.weights_sha256, checkpoint.processor.to_dict()) != (
+        if (checkpoint.weights_sha256, processor.to_dict()) != (
             fingerprint.weights_sha256,
             fingerprint.preprocessing,
         ):
@@ -149,7 +150,7 @@ class Searcher:
             dtype="float32",
             num_threads=os.cpu_count() or 1,
         )
-        return checkpoint.processor, Embedder(options)
+        return processor, Embedder(options)
 
     def _hits(self, ids: list[int], scores: list[float]) -> list[Hit]:
         by_shard: dict[int, list[int]] = defaultdict(list)

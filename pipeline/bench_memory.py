@@ -1,0 +1,66 @@
+"""How much memory a form takes: measured in a process of its own.
+
+Enters: what the form is made from. Leaves: bytes. On a CPU the growth of the resident memory at its
+highest, from the moment when libraries and images are loaded, over making the form and running it: weights,
+graphs, and what making them took. On a GPU what torch allocated there at most.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import importlib
+import multiprocessing
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from pathlib import Path
+
+import torch
+
+from pipeline.bench_inputs import Inputs, Setting, Unavailable
+from pipeline.rivals import Form
+
+NUM_RUNS = 2
+LIBRARIES = {
+    "ours": ("openvino",),
+    "transformers_eager": ("transformers",),
+    "transformers_compiled": ("transformers", "torch._inductor"),
+    "transformers_openvino": ("transformers", "openvino"),
+    "transformers_onnxruntime": ("transformers", "onnxruntime", "torch.onnx"),
+}
+
+
+def measure_memory(setting: Setting, form: Form, batch_size: int) -> int | None:
+    """Bytes that the form takes at most; None where this system does not tell, or they do not suffice."""
+    spawn = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(max_workers=1, mp_context=spawn) as pool:
+        try:
+            return pool.submit(peak_growth, setting, form, batch_size).result()
+        except (BrokenProcessPool, Unavailable):
+            return None
+
+
+def peak_growth(setting: Setting, form: Form, batch_size: int) -> int | None:
+    for library in LIBRARIES.get(form.name, ()):
+        with contextlib.suppress(ImportError):
+            importlib.import_module(library)
+    inputs = Inputs(setting)
+    before = resident_bytes("VmRSS")
+    with contextlib.suppress(OSError):  # what importing took at its highest is not the form's
+        Path("/proc/self/clear_refs").write_text("5", encoding="ascii")
+    run = form.make(inputs, batch_size)
+    for _ in range(NUM_RUNS):
+        run()
+    if inputs.device.type == "cuda":
+        return torch.cuda.max_memory_allocated()
+    highest = resident_bytes("VmHWM")
+    return None if before is None or highest is None else highest - before
+
+
+def resident_bytes(field: str) -> int | None:
+    """A line of this process's memory, as Linux tells it."""
+    try:
+        lines = Path("/proc/self/status").read_text(encoding="ascii").splitlines()
+    except OSError:
+        return None
+    found = [line.split()[1] for line in lines if line.startswith(f"{field}:")]
+    return int(found[0]) * 1024 if found else None
