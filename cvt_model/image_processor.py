@@ -128,8 +128,9 @@ class CvtImageProcessor(BaseModel):
         gain_C = torch.full((3,), self.rescale_factor if self.do_rescale else 1.0, dtype=torch.float64)
         offset_C = torch.zeros(3, dtype=torch.float64)
         if self.do_normalize:
-            mean_C, std_C = (torch.tensor(x, dtype=torch.float64) for x in (self.image_mean, self.image_std))
-            gain_C, offset_C = gain_C / std_C, -mean_C / std_C
+            std_C = torch.tensor(self.image_std, dtype=torch.float64)
+            gain_C = gain_C / std_C
+            offset_C = -torch.tensor(self.image_mean, dtype=torch.float64) / std_C
         return gain_C.float(), offset_C.float()
 
     def normalize(self, pixels_BHWC: "Tensor", dtype: "torch.dtype | None" = None) -> "Tensor":

@@ -115,7 +115,7 @@ def average_pool(x_BCHW: Node, module: nn.AvgPool2d, size: tuple[int, int]) -> N
     ends = [max((len(s) - 1) * stride + kernel - padding - n, 0) for s, n in zip(spans, size, strict=True)]
     ones = np.ones((length(x_BCHW, 1), 1, 1, kernel, kernel), np.float32)
     sums_BCHW = ops.group_convolution(x_BCHW, ops.constant(ones), [stride] * 2, [padding] * 2, ends, [1, 1])
-    return ops.multiply(sums_BCHW, ops.constant((1 / np.outer(*spans))[None, None].astype(np.float32)))
+    return ops.multiply(sums_BCHW, ops.constant((1 / np.outer(spans[0], spans[1]))[None, None].astype(np.float32)))
 
 
 def window_spans(length: int, kernel: int, stride: int, padding: int) -> list[int]:

@@ -51,8 +51,8 @@ class ModelConfig(Section):
 
     checkpoint: str = Field(
         min_length=1,
-        description="a Hub id (with @revision), a published model's short name (cvt-13), a directory in the "
-        "Hub's layout, a weight file (.safetensors, .bin, .pth, .h5), or a built-in model's name",
+        description="a Hub id (with @revision), a published model's short name (cvt-13), a directory in "
+        "the Hub's layout, a weight file (.safetensors, .bin, .pth, .h5), or a built-in model's name",
     )
     precision: Literal["auto"] | Precision = Field(
         "auto",
@@ -221,11 +221,14 @@ def _explain(model: type[BaseModel], detail: Any, prefix: tuple[str, ...]) -> st
     return f"  {path}: found {detail['input']!r}; {_allowed(section, location[-1], detail)}"
 
 
+def _constants(option: dict[str, Any]) -> list[Any]:
+    return [option["const"]] if "const" in option else option.get("enum", [])
+
+
 def _allowed(section: type[BaseModel], name: str, detail: Any) -> str:
     schema = section.model_json_schema()["properties"].get(name, {})
     alternatives = schema.get("anyOf", [schema])
-    constants = [option.get("enum", [option["const"]] if "const" in option else []) for option in alternatives]
-    choices = [repr(value) for values in constants for value in values]
+    choices = [repr(value) for option in alternatives for value in _constants(option)]
     integers = [option for option in alternatives if option.get("type") == "integer"]
     choices += [f"a whole number from {option.get('minimum', 0)}" for option in integers]
     choices += ["a list of names" for option in alternatives if option.get("type") == "array"]

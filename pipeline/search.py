@@ -7,12 +7,11 @@ refused.
 
 from __future__ import annotations
 
-import os
 from bisect import bisect_right
 from collections import defaultdict
 from dataclasses import asdict, dataclass
 from functools import cached_property
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pyarrow as pa
@@ -30,6 +29,9 @@ from pipeline.errors import FingerprintError, SearchError
 from pipeline.fingerprint import require_fingerprint
 from pipeline.index import Vectors, load_faiss, normalize, read_ids, read_record, usable
 from pipeline.storage import Storage
+
+if TYPE_CHECKING:
+    from cvt_model.inference import InferenceModel
 
 _COLUMNS = (schema.IMAGE_ID, schema.SHARD, schema.KEY, "label", "label_id", "score", "width", "height")
 
@@ -118,12 +120,12 @@ class Searcher:
             image = open_image(data, DEFAULT_MAX_PIXELS)
         except ImageError as error:
             raise SearchError(f"the query is not a usable image: {error.message}") from error
-        processor, embedder = self._embedder
-        return embedder.embed(processor.to_pixels(image.image_rgb)[None]).embedding[0]  # type: ignore[no-any-return]
+        processor, model = self._embedder
+        return model(processor.to_pixels(image.image_rgb)[None]).embedding[0]  # type: ignore[no-any-return]
 
     @cached_property
-    def _embedder(self) -> tuple[CvtImageProcessor, Any]:
-        from pipeline.embed import Embedder, EmbedOptions  # torch, which other searches do not need
+    def _embedder(self) -> tuple[CvtImageProcessor, InferenceModel]:
+        from cvt_model.inference import InferenceModel  # torch, which other searches do not need
 
         fingerprint = require_fingerprint(self._output)
         try:
@@ -139,18 +141,14 @@ class Searcher:
                 f"{fingerprint.source} has other weights or preprocessing than made {self._output.uri}; "
                 "restore the checkpoint that its fingerprint.json names"
             )
-        options = EmbedOptions(
-            checkpoint=fingerprint.source,
-            weights_sha256=fingerprint.weights_sha256,
+        model = InferenceModel(
+            checkpoint,
             precision=fingerprint.precision,
-            backend="auto",
             batch_size=1,
+            num_streams=1,  # one image at a time, on all cores
             embedding=fingerprint.embedding,
-            logits="none",
-            dtype="float32",
-            num_threads=os.cpu_count() or 1,
         )
-        return processor, Embedder(options)
+        return processor, model
 
     def _hits(self, ids: list[int], scores: list[float]) -> list[Hit]:
         by_shard: dict[int, list[int]] = defaultdict(list)
