@@ -10,34 +10,47 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from cvt_model.checkpoint import Checkpoint, resolve_checkpoint
+    from cvt_model.classifier import CvtClassifier, Prediction
     from cvt_model.config import CvtConfig
     from cvt_model.errors import CheckpointError, ImageError
     from cvt_model.image_file import OpenedImage, open_image
     from cvt_model.image_processor import CvtImageProcessor
+    from cvt_model.inference import InferenceModel
     from cvt_model.model import CvtForImageClassification, CvtModel
+    from cvt_model.presets import ARCHITECTURES, HUB_IDS
 
 __all__ = [
+    "ARCHITECTURES",
+    "HUB_IDS",
     "Checkpoint",
     "CheckpointError",
+    "CvtClassifier",
     "CvtConfig",
     "CvtForImageClassification",
     "CvtImageProcessor",
     "CvtModel",
     "ImageError",
+    "InferenceModel",
     "OpenedImage",
+    "Prediction",
     "open_image",
     "resolve_checkpoint",
 ]
 
 _HOME_OF = {
+    "ARCHITECTURES": "presets",
+    "HUB_IDS": "presets",
     "Checkpoint": "checkpoint",
     "CheckpointError": "errors",
+    "CvtClassifier": "classifier",
     "CvtConfig": "config",
     "CvtForImageClassification": "model",
     "CvtImageProcessor": "image_processor",
     "CvtModel": "model",
     "ImageError": "errors",
+    "InferenceModel": "inference",
     "OpenedImage": "image_file",
+    "Prediction": "classifier",
     "open_image": "image_file",
     "resolve_checkpoint": "checkpoint",
 }

@@ -140,7 +140,7 @@ def resolve_checkpoint(source: str | os.PathLike[str]) -> Checkpoint:
     tensors. Raises CheckpointError.
     """
     source = os.fspath(source)
-    path = Path(source).expanduser()
+    path = Path(os.path.expanduser(source))  # noqa: PTH111 - as it is where no such user is
     if path.is_dir():
         return resolve_directory(source, path)
     if path.is_file():

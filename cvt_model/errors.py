@@ -5,7 +5,9 @@ Everything else that escapes from this room is our own bug.
 
 from typing import Literal
 
-ImageReason = Literal["empty", "not_an_image", "too_many_pixels", "truncated", "corrupt", "unsupported"]
+ImageReason = Literal[
+    "empty", "not_an_image", "too_many_pixels", "truncated", "corrupt", "unsupported", "unreadable"
+]
 
 
 class CheckpointError(ValueError):
@@ -13,7 +15,7 @@ class CheckpointError(ValueError):
 
 
 class ImageError(ValueError):
-    """An image cannot be decoded; `reason` is one of a closed list, `message` is for people."""
+    """An image cannot be read or decoded; `reason` is one of a closed list, `message` is for people."""
 
     def __init__(self, reason: ImageReason, message: str) -> None:
         super().__init__(reason, message)

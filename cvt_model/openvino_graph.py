@@ -110,12 +110,14 @@ def average_pool(x_BCHW: Node, module: nn.AvgPool2d, size: tuple[int, int]) -> N
 
     OpenVINO's own pooling counts otherwise where the last window reaches beyond the padding.
     """
-    kernel, stride, padding = (int(n) for n in (module.kernel_size, module.stride, module.padding))  # type: ignore[arg-type]
-    spans = [window_spans(length, kernel, stride, padding) for length in size]
+    geometry = (module.kernel_size, module.stride, module.padding)
+    kernel, stride, padding = (int(n) for n in geometry)  # type: ignore[arg-type]
+    spans = [window_spans(n, kernel, stride, padding) for n in size]
     ends = [max((len(s) - 1) * stride + kernel - padding - n, 0) for s, n in zip(spans, size, strict=True)]
     ones = np.ones((length(x_BCHW, 1), 1, 1, kernel, kernel), np.float32)
     sums_BCHW = ops.group_convolution(x_BCHW, ops.constant(ones), [stride] * 2, [padding] * 2, ends, [1, 1])
-    return ops.multiply(sums_BCHW, ops.constant((1 / np.outer(spans[0], spans[1]))[None, None].astype(np.float32)))
+    shares_HW = 1 / np.outer(spans[0], spans[1])
+    return ops.multiply(sums_BCHW, ops.constant(shares_HW[None, None].astype(np.float32)))
 
 
 def window_spans(length: int, kernel: int, stride: int, padding: int) -> list[int]:

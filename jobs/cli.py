@@ -14,7 +14,7 @@ import typer
 
 from jobs.common import run_verb
 
-VERBS = ("classify", "extract", "plan", "status", "verify", "index", "search", "convert", "demo")
+VERBS = ("classify", "extract", "plan", "status", "verify", "index", "search", "convert", "demo", "bench")
 
 
 def main() -> None:
@@ -24,7 +24,11 @@ def main() -> None:
     app.callback()(lambda: None)
     for name in [verb] if verb in VERBS else VERBS:
         module = importlib.import_module(f"jobs.{name}")
-        app.command(name, context_settings=module.SETTINGS)(getattr(module, name))
+        command = getattr(module, name)
+        if isinstance(command, typer.Typer):  # a verb with verbs of its own
+            app.add_typer(command, name=name)
+        else:
+            app.command(name, context_settings=module.SETTINGS)(command)
     run_verb(app)
 
 

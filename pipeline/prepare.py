@@ -6,6 +6,7 @@ can get wrong is told here, before Ray starts and before anything is written.
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -57,7 +58,7 @@ class Prepared:
 
 def find_checkpoint(config: Config) -> Checkpoint:
     """The checkpoint that the config names; ConfigError where it cannot be used."""
-    path = Path(config.model.checkpoint).expanduser()
+    path = Path(os.path.expanduser(config.model.checkpoint))  # noqa: PTH111 - as it is where no such user is
     source = config.model.checkpoint
     if path.is_dir():
         source = str(path.resolve())

@@ -204,6 +204,13 @@ def test_images_of_their_own_sizes_cannot_be_batched(tmp_path):
         InferenceModel(resolve_checkpoint(str(tmp_path)))
 
 
+@pytest.mark.parametrize("choice", [{"backend": "tensorrt"}, {"precision": "int8"}])
+def test_a_choice_that_there_is_none_of_is_refused_with_those_that_there_are(checkpoint, choice):
+    (name, value) = next(iter(choice.items()))
+    with pytest.raises(ValueError, match=f"{name}: '{value}' is none; choose .* or auto"):
+        InferenceModel(checkpoint, device="cpu", batch_size=1, **choice)
+
+
 @needs_gpu
 @pytest.mark.parametrize(
     ("precision", "tolerance"), [("float32", 1e-5), ("bfloat16", 0.05), ("float16", 0.01)]
