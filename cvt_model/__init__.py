@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from cvt_model.classifier import CvtClassifier, Prediction
     from cvt_model.config import CvtConfig
     from cvt_model.errors import CheckpointError, ImageError
+    from cvt_model.export import export_onnx, export_openvino
     from cvt_model.image_file import OpenedImage, open_image
     from cvt_model.image_processor import CvtImageProcessor
     from cvt_model.inference import InferenceModel
@@ -33,6 +34,8 @@ __all__ = [
     "InferenceModel",
     "OpenedImage",
     "Prediction",
+    "export_onnx",
+    "export_openvino",
     "open_image",
     "resolve_checkpoint",
 ]
@@ -51,6 +54,8 @@ _HOME_OF = {
     "InferenceModel": "inference",
     "OpenedImage": "image_file",
     "Prediction": "classifier",
+    "export_onnx": "export",
+    "export_openvino": "export",
     "open_image": "image_file",
     "resolve_checkpoint": "checkpoint",
 }

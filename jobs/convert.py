@@ -1,4 +1,4 @@
-"""`cvt-pipeline convert SRC DST`: a checkpoint of any layout to the Hub's."""
+"""`cvt-pipeline convert SRC DST`: a checkpoint of any layout to the Hub's, to ONNX or to OpenVINO."""
 
 from __future__ import annotations
 
@@ -22,9 +22,18 @@ def convert(
             "TensorFlow), a Hub id or a model's name",
         ),
     ],
-    destination: Annotated[Path, typer.Argument(metavar="DST", help="a new directory")],
+    destination: Annotated[
+        Path,
+        typer.Argument(
+            metavar="DST",
+            help="a new directory; a new .onnx file; a new .xml file of OpenVINO (and its .bin)",
+        ),
+    ],
 ) -> None:
-    """Write a checkpoint of any layout in the Hub's layout, which transformers reads too."""
+    """Write a checkpoint of any layout in the Hub's, which transformers reads too, or for other runtimes.
+
+    An ONNX or OpenVINO file takes uint8 pixels (any number, H, W, 3) and normalises them itself.
+    """
     set_up_logging(verbose=False)
     from pipeline.convert import convert as convert_checkpoint
 

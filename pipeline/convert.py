@@ -1,6 +1,6 @@
-"""Converting: a checkpoint of any layout to a directory in the Hub's layout.
+"""Converting: a checkpoint of any layout to a directory in the Hub's layout, or to other runtimes' formats.
 
-Enters: what names a checkpoint, and a directory. Leaves: the files written, and a warning of all that the
+Enters: what names a checkpoint, and a path. Leaves: the files written, and a warning of all that the
 conversion cannot carry over to transformers.
 """
 
@@ -9,26 +9,35 @@ from __future__ import annotations
 import logging
 from pathlib import Path
 
-from cvt_model.checkpoint import resolve_checkpoint
+from cvt_model.checkpoint import Checkpoint, resolve_checkpoint
 from cvt_model.errors import CheckpointError
 from pipeline.errors import ConfigError, OutputError
+
+EXPORTS = (".onnx", ".xml")
 
 logger = logging.getLogger(__name__)
 
 
 def convert(source: str, destination: Path) -> tuple[Path, ...]:
-    """Write `source` in float32 to `destination`, a new or empty directory; returns the files.
+    """Write `source` in float32 to `destination`; returns the files.
 
-    Raises ConfigError for what is wrong with `source`, OutputError with `destination`.
+    That is a new `.onnx` or `.xml` (OpenVINO) file with the inference form, else a new or empty directory
+    in the Hub's layout. Raises ConfigError for what is wrong with `source` or not installed, OutputError
+    for what is wrong with `destination`.
     """
     refuse_occupied(destination)
-    from cvt_model.save import differences_in_transformers, save_checkpoint  # torch
-
+    write = export if destination.suffix in EXPORTS else save
     try:
-        checkpoint = resolve_checkpoint(source)
-        model = checkpoint.load()
+        return write(resolve_checkpoint(source), destination)
     except CheckpointError as error:
         raise ConfigError(f"SRC: {error}") from error
+
+
+def save(checkpoint: Checkpoint, destination: Path) -> tuple[Path, ...]:
+    """Write a directory in the Hub's layout."""
+    from cvt_model.save import differences_in_transformers, save_checkpoint  # torch
+
+    model = checkpoint.load()
     preprocessing = checkpoint.preprocessing
     processor = None if isinstance(preprocessing, str) else preprocessing
     try:
@@ -42,7 +51,27 @@ def convert(source: str, destination: Path) -> tuple[Path, ...]:
     return written
 
 
+def export(checkpoint: Checkpoint, destination: Path) -> tuple[Path, ...]:
+    """Write the inference form for onnxruntime or OpenVINO."""
+    from cvt_model.export import export_onnx, export_openvino  # torch
+
+    try:
+        if destination.suffix == ".onnx":
+            return (export_onnx(checkpoint, destination),)
+        return export_openvino(checkpoint, destination)
+    except FileExistsError as error:
+        raise OutputError(f"DST: {error}") from error
+    except OSError as error:
+        raise OutputError(f"DST: cannot write {destination}: {error}") from error
+    except CheckpointError:
+        raise
+    except ValueError as error:  # what is not installed, or cannot be exported
+        raise ConfigError(str(error)) from error
+
+
 def refuse_occupied(destination: Path) -> None:
-    """A directory with anything in it is somebody's."""
+    """A directory with anything in it is somebody's, and so is a file."""
+    if destination.suffix in EXPORTS and destination.exists():
+        raise OutputError(f"DST: {destination} exists; give a new name")
     if destination.exists() and (not destination.is_dir() or any(destination.iterdir())):
         raise OutputError(f"DST: {destination} exists and is not an empty directory; give a new one")
