@@ -10,7 +10,7 @@ import logging
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -71,9 +71,9 @@ class Inputs:
             )
         self.size = size
         count = setting.batch_size * self.num_batches
-        self.pixels_BHWC = random_pixels(count, size)
+        self.pixels = random_pixels(count, size)  # uint8 (count, H, W, 3)
         if setting.images is not None:
-            self.pixels_BHWC = photographs(count, setting.images, self.processor)
+            self.pixels = photographs(count, setting.images, self.processor)
         torch.set_num_threads(setting.num_threads)
         torch.backends.cuda.matmul.allow_tf32 = False  # float32 means float32, for all of them
         torch.backends.cudnn.allow_tf32 = False
@@ -81,8 +81,8 @@ class Inputs:
     def batches(self, dtype: torch.dtype, batch_size: int) -> list[Tensor]:
         """Normalised pixels (batch_size, 3, H, W) on the device, as many batches as make a run."""
         count = batch_size * self.num_batches
-        pixels_BHWC = torch.from_numpy(self.pixels_BHWC[:count]).to(self.device)
-        return list(self.processor.normalize(pixels_BHWC, dtype).split(batch_size))
+        pixels = torch.from_numpy(self.pixels[:count]).to(self.device)
+        return list(torch.split(self.processor.normalize(pixels, dtype), batch_size))
 
     @cached_property
     def reference(self) -> nn.Module:
@@ -99,13 +99,17 @@ class Inputs:
             raise Unavailable("transformers is not installed") from error
         config = transformers.CvtConfig.from_dict(self.checkpoint.config.to_dict())
         headless = not self.checkpoint.has_layernorm
+        model: Any
         with torch.device("meta"):
             if headless:
                 model = transformers.CvtModel(config, add_pooling_layer=False)
             else:
                 model = transformers.CvtForImageClassification(config)
-        model.load_state_dict(self.checkpoint.load(device=self.device).state_dict(), strict=True, assign=True)
-        model.loss_type = "ForSequenceClassification"  # tracing asks for it, with a warning if unset
+        state = self.checkpoint.load(device=self.device).state_dict()
+        model.load_state_dict(state, strict=True, assign=True)
+        for module in model.modules():
+            if hasattr(module, "loss_type"):  # tracing asks for it, with a warning where it is None
+                module.loss_type = "ForSequenceClassification"
         return OneOutput(model, headless).eval()
 
 
@@ -115,21 +119,22 @@ class OneOutput(nn.Module):
     Its forward pass is its own; the classifier alone hands on what it sees, a vector an image.
     """
 
-    def __init__(self, model: nn.Module, headless: bool) -> None:
+    def __init__(self, model: Any, headless: bool) -> None:
         super().__init__()
         self.model, self.headless = model, headless
         if isinstance(getattr(model, "classifier", None), nn.Linear):
             model.classifier = WithInput(model.classifier)
 
-    def forward(self, pixels_BCHW: Tensor) -> Tensor:
-        output = self.model(pixels_BCHW)
+    def forward(self, pixels: Tensor) -> Tensor:
+        # Without a CLS token transformers' classifier fails unless hidden states are asked for too.
+        output = self.model(pixels, output_hidden_states=not self.model.config.cls_token[-1])
         if not self.headless:
             logits: Tensor = output.logits
             return logits
         if output.cls_token_value is None:
             return torch.mean(output.last_hidden_state, dim=(2, 3))
-        token_BC: Tensor = output.cls_token_value[:, 0]
-        return token_BC
+        token: Tensor = output.cls_token_value[:, 0]
+        return token
 
 
 class WithInput(nn.Module):
@@ -139,8 +144,8 @@ class WithInput(nn.Module):
         super().__init__()
         self.linear = linear
 
-    def forward(self, x_BC: Tensor) -> Tensor:
-        return torch.cat((self.linear(x_BC), x_BC), dim=1)
+    def forward(self, vectors: Tensor) -> Tensor:
+        return torch.cat((self.linear(vectors), vectors), dim=1)
 
 
 def random_pixels(count: int, size: tuple[int, int]) -> Pixels:

@@ -12,12 +12,13 @@ from collections.abc import Callable
 import numpy as np
 import torch
 
-from cvt_model.inference import DTYPES, Precision
+from cvt_model.choices import Precision
+from cvt_model.inference import DTYPES
 
 SIDES = {"cpu": 2048, "cuda": 8192}
 TRIAL_SIDE = 256
 BUDGET_S = 4.0  # for one product; where torch lacks kernels a smaller one must do
-REPEATS = 5
+REPEATS = 3
 OPENVINO_HINTS = {"float32": "f32", "bfloat16": "bf16", "float16": "f16"}
 
 
@@ -32,14 +33,14 @@ def matmul_peak(precision: Precision, device: torch.device, num_threads: int) ->
 
 def torch_peak(precision: Precision, device: torch.device, num_threads: int) -> float:
     torch.set_num_threads(num_threads)
-    wait = torch.cuda.synchronize if device.type == "cuda" else lambda: None
 
     def speed(side: int) -> float:
         left, right = (torch.randn(side, side, device=device).to(DTYPES[precision]) for _ in range(2))
 
         def multiply() -> None:
             torch.mm(left, right)
-            wait()
+            if device.type == "cuda":
+                torch.cuda.synchronize()
 
         return best_speed(multiply, side)
 

@@ -16,16 +16,17 @@ from pathlib import Path
 
 import torch
 
-from pipeline.bench_inputs import Inputs, Setting, Unavailable
-from pipeline.rivals import Form
+from pipeline.bench.inputs import Inputs, Setting, Unavailable
+from pipeline.bench.rivals import Form, failures_told
 
 NUM_RUNS = 2
-LIBRARIES = {
-    "ours": ("openvino",),
-    "transformers_eager": ("transformers",),
-    "transformers_compiled": ("transformers", "torch._inductor"),
-    "transformers_openvino": ("transformers", "openvino"),
-    "transformers_onnxruntime": ("transformers", "onnxruntime", "torch.onnx"),
+TRANSFORMERS = "transformers.models.cvt.modeling_cvt"
+MODULES = {
+    "ours": ("openvino.opset13",),
+    "transformers_eager": (TRANSFORMERS,),
+    "transformers_compiled": (TRANSFORMERS, "torch._inductor.compile_fx"),
+    "transformers_openvino": (TRANSFORMERS, "openvino.frontend.pytorch.ts_decoder"),
+    "transformers_onnxruntime": (TRANSFORMERS, "onnxruntime", "onnxscript"),
 }
 
 
@@ -40,16 +41,17 @@ def measure_memory(setting: Setting, form: Form, batch_size: int) -> int | None:
 
 
 def peak_growth(setting: Setting, form: Form, batch_size: int) -> int | None:
-    for library in LIBRARIES.get(form.name, ()):
+    for module in MODULES.get(form.name, ()):
         with contextlib.suppress(ImportError):
-            importlib.import_module(library)
+            importlib.import_module(module)
     inputs = Inputs(setting)
     before = resident_bytes("VmRSS")
     with contextlib.suppress(OSError):  # what importing took at its highest is not the form's
         Path("/proc/self/clear_refs").write_text("5", encoding="ascii")
-    run = form.make(inputs, batch_size)
-    for _ in range(NUM_RUNS):
-        run()
+    with failures_told(form):
+        run = form.make(inputs, batch_size)
+        for _ in range(NUM_RUNS):
+            run()
     if inputs.device.type == "cuda":
         return torch.cuda.max_memory_allocated()
     highest = resident_bytes("VmHWM")
