@@ -10,7 +10,7 @@ import logging
 import os
 import platform
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -19,40 +19,43 @@ from cvt_model.cache import cache_folder
 
 logger = logging.getLogger(__name__)
 
-BUDGET_S = 10.0  # after so long no further size is tried
+BUDGET_S = 20.0  # after so long no further size is tried
 REPEATS = 2
 WORTHWHILE = 1.03  # a larger batch must be so much faster: it costs memory and padding
 
 
 def choose_batch_size(
-    sizes: Iterable[int],
-    images_per_s: Callable[[int], float],
+    sizes: Sequence[int],
+    default: int,
+    measure: Callable[[int], float],
     circumstances: dict[str, object],
-    folder: Path | None = None,
 ) -> int:
-    """The fastest of `sizes`, ascending; remembered for these circumstances.
+    """The smallest of `sizes` (ascending) that is about as fast as any; remembered for these circumstances.
 
-    `images_per_s` measures one size; MemoryError from it ends the trial, as larger ones would not fit.
+    `measure` tells images/s of one size; MemoryError from it ends the trial, as larger ones would not fit.
+    Where the trial takes too long (a huge network, a busy machine) it is `default`, and nothing is
+    remembered.
     """
-    file = (folder or cache_folder()) / "batch_sizes" / f"{digest(circumstances)}.json"
+    file = cache_folder() / "batch_sizes" / f"{digest(circumstances)}.json"
     try:
         return int(json.loads(file.read_bytes())["batch_size"])
     except (OSError, ValueError, KeyError, TypeError):
         pass  # not measured yet, or damaged: measured now
-    best, best_speed, began = 0, 0.0, time.monotonic()
+    speeds: dict[int, float] = {}
+    began = time.monotonic()
     for size in sizes:
-        if best and time.monotonic() - began > BUDGET_S:
-            break
+        if speeds and time.monotonic() - began > BUDGET_S:
+            logger.debug("measuring batch sizes takes too long; taking %d", default)
+            return default
         try:
-            speed = images_per_s(size)
+            speeds[size] = measure(size)
         except MemoryError:
             break
-        logger.debug("batches of %d: %.1f images/s", size, speed)
-        if speed > best_speed * WORTHWHILE:
-            best, best_speed = size, speed
-    best = best or 1
-    remember(file, {"batch_size": best, "images_per_s": round(best_speed, 1), **circumstances})
-    return best
+    logger.debug("images/s by batch size: %s", speeds)
+    best = max(speeds.values(), default=0.0)
+    chosen = next((size for size, speed in speeds.items() if speed * WORTHWHILE >= best), sizes[0])
+    remember(file, {"batch_size": chosen, "images_per_s": speeds, **circumstances})
+    return chosen
 
 
 def images_per_s(run: Callable[[np.ndarray], object], pixels_BHWC: np.ndarray) -> float:

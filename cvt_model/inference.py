@@ -26,7 +26,9 @@ from cvt_model.choices import BackendName, EmbeddingKind, Precision, resolve_bac
 from cvt_model.fused import FusedCvt
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-BATCH_SIZES = {"openvino": (1, 2, 4, 8, 16), "torch": (1, 4, 16, 32), "cuda": (32, 64, 128, 256)}
+# OpenVINO's are small, so that a few dozen images keep every stream busy; larger ones gain nothing there.
+BATCH_SIZES = {"openvino": (1, 2, 4), "torch": (1, 4, 16, 32), "cuda": (32, 64, 128, 256)}
+DEFAULT_BATCH_SIZE = {"openvino": 2, "torch": 16, "cuda": 128}
 
 logger = logging.getLogger(__name__)
 
@@ -140,9 +142,10 @@ class InferenceModel:
             "num_threads": self.num_threads,
             "num_streams": self.num_streams,
             "size": self.size,
+            "batch_sizes": BATCH_SIZES[kind],
             "network": {**checkpoint.config.to_dict(), "id2label": None, "label2id": None},
         }
-        return choose_batch_size(BATCH_SIZES[kind], measure, circumstances)
+        return choose_batch_size(BATCH_SIZES[kind], DEFAULT_BATCH_SIZE[kind], measure, circumstances)
 
     def _noise(self, length: int) -> Pixels:
         shape = (length, *self.size, 3)

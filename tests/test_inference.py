@@ -130,33 +130,46 @@ def test_the_batch_size_is_measured_once_and_remembered(checkpoint, own_cache, m
         InferenceModel(checkpoint, device="cpu", num_threads=2)
 
 
+def choose(speeds, **circumstances):
+    return choose_batch_size(tuple(speeds), 7, speeds.__getitem__, circumstances)
+
+
+def test_it_is_the_smallest_of_those_that_are_about_as_fast_as_any():
+    assert choose({1: 10.0, 2: 20.0, 4: 20.3, 8: 19.0}, case=1) == 2
+    assert choose({1: 20.0, 2: 20.4, 4: 20.8}, case=2) == 2
+    assert choose({1: 30.0, 2: 20.4, 4: 20.8}, case=3) == 1
+
+
 @pytest.mark.parametrize("damage", ["", "{}", '{"batch_size": null}', "[1]"])
 def test_a_damaged_memory_is_measured_anew(own_cache, damage):
-    speeds = {1: 10.0, 2: 20.0}
-    assert choose_batch_size(speeds, speeds.__getitem__, {"a": 1}) == 2
+    assert choose({1: 10.0, 2: 20.0}) == 2
+    assert choose({1: 20.0, 2: 10.0}) == 2
     (file,) = own_cache.iterdir()
     file.write_text(damage)
-    assert choose_batch_size(speeds, {1: 20.0, 2: 20.1}.__getitem__, {"a": 1}) == 1
+    assert choose({1: 20.0, 2: 20.1}) == 1
     assert json.loads(file.read_text())["batch_size"] == 1
 
 
 def test_a_cache_that_cannot_be_written_is_done_without(tmp_path, monkeypatch):
     (tmp_path / "file").write_text("")
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
-    assert choose_batch_size((1, 2), {1: 1.0, 2: 2.0}.__getitem__, {}) == 2
+    assert choose({1: 1.0, 2: 2.0}) == 2
 
 
-def test_larger_batches_are_not_tried_once_memory_or_time_is_up(monkeypatch):
+def test_sizes_beyond_the_memory_are_not_chosen():
     def measure(size):
         if size > 2:
             raise MemoryError
         return float(size)
 
-    assert choose_batch_size((1, 2, 4, 8), measure, {"memory": 1}) == 2
+    assert choose_batch_size((1, 2, 4, 8), 8, measure, {}) == 2
+    assert choose_batch_size((4, 8), 8, measure, {"case": 2}) == 4  # the model itself halves it
+
+
+def test_a_trial_that_takes_too_long_gives_the_default_and_is_not_remembered(own_cache, monkeypatch):
     monkeypatch.setattr(calibration, "BUDGET_S", -1.0)
-    tried = []
-    assert choose_batch_size((1, 2, 4), lambda size: tried.append(size) or 1.0, {"time": 1}) == 1
-    assert tried == [1]
+    assert choose({1: 10.0, 2: 20.0}) == 7
+    assert not own_cache.exists()
 
 
 def test_a_precision_that_the_cpu_lacks_is_computed_in_float32(checkpoint, monkeypatch, caplog):
