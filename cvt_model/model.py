@@ -200,13 +200,13 @@ class CvtModel(nn.Module):
 
     @classmethod
     def from_pretrained(
-        cls, source: str, dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu"
+        cls, source: str | Path, dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu"
     ) -> Self:
-        """Load a checkpoint's stages (whatever `resolve_checkpoint` takes) for inference.
+        """Load a checkpoint's stages (whatever `resolve_checkpoint` takes), in eval mode.
 
-        In eval mode and without gradients. Raises CheckpointError.
+        Raises CheckpointError.
         """
-        return resolve_checkpoint(source).load_as(cls, dtype, device)
+        return resolve_checkpoint(source).load_as(cls, dtype, device).requires_grad_()
 
     def save_pretrained(self, directory: str | Path, processor: CvtImageProcessor | None = None) -> None:
         """Write weights, config and, where given, preprocessing as `from_pretrained` reads them."""
@@ -252,14 +252,13 @@ class CvtForImageClassification(nn.Module):
 
     @classmethod
     def from_pretrained(
-        cls, source: str, dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu"
+        cls, source: str | Path, dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu"
     ) -> Self:
-        """Load a checkpoint (whatever `resolve_checkpoint` takes) for inference.
+        """Load a checkpoint (whatever `resolve_checkpoint` takes), in eval mode.
 
-        In eval mode and without gradients. Raises CheckpointError, also where the checkpoint has no
-        final LayerNorm.
+        Raises CheckpointError, also where the checkpoint has no final LayerNorm.
         """
-        return resolve_checkpoint(source).load_as(cls, dtype, device)
+        return resolve_checkpoint(source).load_as(cls, dtype, device).requires_grad_()
 
     def save_pretrained(self, directory: str | Path, processor: CvtImageProcessor | None = None) -> None:
         """Write weights, config and, where given, preprocessing as `from_pretrained` reads them."""

@@ -137,7 +137,9 @@ def test_a_checkpoint_without_classifier_gives_embeddings_only(tmp_path):
 def test_a_loaded_model_is_ready_for_inference(saved):
     model = CvtForImageClassification.from_pretrained(str(saved), dtype=torch.bfloat16)
     assert not model.training
-    assert not any(parameter.requires_grad for parameter in model.parameters())
+    assert all(parameter.requires_grad for parameter in model.parameters())  # as transformers has it
+    inference = resolve_checkpoint(str(saved)).load()
+    assert not any(parameter.requires_grad for parameter in inference.parameters())
     for name, tensor in model.state_dict().items():
         counter = name.endswith("num_batches_tracked")
         assert tensor.dtype == (torch.int64 if counter else torch.bfloat16), name
