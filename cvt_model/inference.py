@@ -136,7 +136,7 @@ class InferenceModel:
 
         kind = "cuda" if self.on_gpu else self.backend
         circumstances = {
-            "device": torch.cuda.get_device_name(self.device) if self.on_gpu else cpu_name(),
+            "device": self._device_name(),
             "backend": f"{self.backend} {importlib.metadata.version(self.backend)}",
             "precision": self.precision,
             "num_threads": self.num_threads,
@@ -146,6 +146,11 @@ class InferenceModel:
             "network": {**checkpoint.config.to_dict(), "id2label": None, "label2id": None},
         }
         return choose_batch_size(BATCH_SIZES[kind], DEFAULT_BATCH_SIZE[kind], measure, circumstances)
+
+    def _device_name(self) -> str:
+        if self.device.type == "cuda":
+            return torch.cuda.get_device_name(self.device)
+        return self.device.type if self.on_gpu else cpu_name()
 
     def _noise(self, length: int) -> Pixels:
         shape = (length, *self.size, 3)

@@ -17,6 +17,7 @@ import torch
 from cvt_model.backends import FeatureArrays
 from cvt_model.checkpoint import resolve_checkpoint
 from cvt_model.choices import BackendName, EmbeddingKind, Precision
+from cvt_model.errors import CheckpointError
 from cvt_model.inference import InferenceModel
 from pipeline import schema
 from pipeline.decode import replace_rows
@@ -68,7 +69,9 @@ class Embedder:
                 batch_size=options.batch_size,
                 embedding=options.embedding,
             )
-        except ValueError as error:
+        except CheckpointError as error:
+            raise ConfigError(f"model.checkpoint: {error}") from error
+        except ValueError as error:  # names the choice that cannot be met
             raise ConfigError(f"model.{error}") from error
 
     def __call__(self, chunk: pa.Table) -> pa.Table:

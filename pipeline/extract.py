@@ -57,7 +57,7 @@ def extract(
     stop.check()
     cluster = None
     if config.model.precision == "auto" and read_fingerprint(output) is None:
-        cluster = _connect(verbose)
+        cluster = _connect(stop, verbose)
         if cluster.has_gpu:
             prepared = prepared.with_precision("bfloat16")
     claim(output, prepared.fingerprint)
@@ -70,7 +70,7 @@ def extract(
         tally.planned_bytes = plan.size_bytes
         stop.check()
         if plan.work:
-            cluster = cluster or _connect(verbose)
+            cluster = cluster or _connect(stop, verbose)
             _carry_out(prepared, plan, lease, tally, stop, on_progress)
         lease.check()
         output.delete_folder(STAGING)  # a killed run's workers may have written after `clean`
@@ -89,10 +89,12 @@ def extract(
     return tally
 
 
-def _connect(verbose: bool) -> Cluster:
+def _connect(stop: Stop, verbose: bool) -> Cluster:
     from pipeline.run import Cluster  # Ray takes a second to import, and many runs have nothing to do
 
-    return Cluster(verbose=verbose)
+    cluster = Cluster(verbose=verbose)
+    stop.install()
+    return cluster
 
 
 def _carry_out(

@@ -141,7 +141,7 @@ def _connect(verbose: bool, level: int) -> None:
 
 @contextlib.contextmanager
 def _sigterm_kept() -> Iterator[None]:
-    """Keep our handler of SIGTERM: Ray's start would take its place, and now and then hangs in its own."""
+    """Keep Python's handler of SIGTERM ours: Ray's start would take its place, and now and then hang in it."""
     original = signal.signal
 
     def set_others(signum: int, handler: Any) -> Any:
@@ -265,14 +265,24 @@ def _read(batch: pa.Table, options: ReadOptions) -> Iterator[pa.Table]:
 
 
 class _Embed:
-    """The embedder inside its actor: torch is imported there, and not in the driver."""
+    """The embedder inside its actor: torch is imported there, and not in the driver.
+
+    What a user can mend is raised with the first chunk: Ray hands on a task's error, but of one in an
+    actor's start the text alone.
+    """
 
     def __init__(self, **options: Any) -> None:
         from pipeline.embed import Embedder, EmbedOptions
 
-        self._embedder = Embedder(EmbedOptions(**options))
+        self._embedder: Embedder | PipelineError
+        try:
+            self._embedder = Embedder(EmbedOptions(**options))
+        except PipelineError as error:
+            self._embedder = error
 
     def __call__(self, chunk: pa.Table) -> pa.Table:
+        if isinstance(self._embedder, PipelineError):
+            raise self._embedder
         return self._embedder(chunk)
 
 

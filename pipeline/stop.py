@@ -19,7 +19,7 @@ class Stop:
         self.signum: int | None = None
 
     def install(self) -> None:
-        """Make SIGINT and SIGTERM ask for a stop."""
+        """Make SIGINT and SIGTERM ask for a stop. Ray's core takes SIGTERM for itself: again after its start."""
         if threading.current_thread() is not threading.main_thread():
             return  # Python lets only the main thread handle signals
         for signum in (signal.SIGINT, signal.SIGTERM):

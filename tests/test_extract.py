@@ -9,6 +9,7 @@ import shutil
 import subprocess
 import sys
 from collections import Counter
+from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
@@ -16,7 +17,7 @@ import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
-from pipeline.errors import BusyError, FingerprintError
+from pipeline.errors import BusyError, ConfigError, FingerprintError
 from pipeline.extract import extract
 from pipeline.schema import REJECT_REASONS
 from pipeline.stop import Stop
@@ -244,6 +245,49 @@ def test_a_checkpoint_without_a_head_gives_no_label_columns(choices, tiny_model,
     assert found == ["image_id", "shard", "key", "embedding", "width", "height", "format", "sha256"]
     embeddings = np.array([row["embedding"] for row in rows_of(tmp_path / "out")])
     assert np.abs(embeddings - mixed_reference[2][:6]).max() < 1e-4  # without a LayerNorm: the raw token
+
+
+def test_the_back_end_changes_no_result_and_the_fingerprint_does_not_know_it(mixed, tiny_model, tmp_path):
+    out = tmp_path / "out"
+    choices = {"model__backend": "torch", "compute__batch_size": "auto", "compute__shard_images": 25}
+    run(make_config(mixed / "in", tiny_model, out, **choices))
+    for ours, theirs in zip(rows_of(out), rows_of(mixed / "out"), strict=True):
+        assert ours["image_id"] == theirs["image_id"]
+        assert np.allclose(ours["embedding"], theirs["embedding"], atol=1e-5)
+        assert np.allclose(ours["logits"], theirs["logits"], atol=1e-5)
+    again = run(make_config(mixed / "in", tiny_model, out, compute__shard_images=25))
+    assert (again.planned_shards, again.images) == (0, 0)
+
+
+def test_a_checkpoint_of_the_original_authors_is_run_as_they_have_it(tmp_path, write_images):
+    import torch
+
+    from cvt_model import CvtForImageClassification, resolve_checkpoint
+
+    names = write_images(tmp_path / "in", 3)
+    weights = Path(__file__).parent / "goldens" / "microsoft" / "dw_bn.pth"
+    run(make_config(tmp_path / "in", weights, tmp_path / "out"))
+    processor = resolve_checkpoint(weights).processor
+    pixels = np.stack([processor.to_pixels(Image.open(tmp_path / "in" / name)) for name in names])
+    with torch.inference_mode():
+        model = CvtForImageClassification.from_pretrained(weights)
+        wanted = model(processor.normalize(torch.from_numpy(pixels))).logits.numpy()
+    assert np.allclose([row["logits"] for row in rows_of(tmp_path / "out")], wanted, atol=1e-5)
+    fingerprint = json.loads((tmp_path / "out" / "fingerprint.json").read_text())
+    assert fingerprint["model_config"]["hidden_act"] == "quick_gelu"
+
+
+def test_weights_that_do_not_fit_their_config_are_told_with_the_remedy(tiny_model, tmp_path, write_images):
+    from safetensors.torch import load_file, save_file
+
+    write_images(tmp_path / "in", 2)
+    shutil.copytree(tiny_model, tmp_path / "model")
+    state = load_file(tiny_model / "model.safetensors")
+    del state["layernorm.weight"]
+    save_file(state, tmp_path / "model" / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(ConfigError, match=r"model\.checkpoint: .*1 missing: layernorm\.weight"):
+        run(make_config(tmp_path / "in", tmp_path / "model", tmp_path / "out"))
+    assert leftovers(tmp_path / "out") == []
 
 
 def test_loose_files_are_rows_or_rejects_whatever_their_names(tiny_model, tmp_path):
