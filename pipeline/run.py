@@ -141,7 +141,7 @@ def _connect(verbose: bool, level: int) -> None:
 
 @contextlib.contextmanager
 def _sigterm_kept() -> Iterator[None]:
-    """Keep Python's handler of SIGTERM ours: Ray's start would take its place, and now and then hang in it."""
+    """Keep our handler of SIGTERM: Ray's start would replace it, and now and then hangs in its own."""
     original = signal.signal
 
     def set_others(signum: int, handler: Any) -> Any:

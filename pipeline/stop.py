@@ -19,7 +19,7 @@ class Stop:
         self.signum: int | None = None
 
     def install(self) -> None:
-        """Make SIGINT and SIGTERM ask for a stop. Ray's core takes SIGTERM for itself: again after its start."""
+        """Make SIGINT and SIGTERM ask for a stop; again after Ray's start, whose core takes SIGTERM."""
         if threading.current_thread() is not threading.main_thread():
             return  # Python lets only the main thread handle signals
         for signum in (signal.SIGINT, signal.SIGTERM):
