@@ -17,7 +17,8 @@ from cvt_model.backends import Pixels
 from cvt_model.checkpoint import resolve_checkpoint
 from cvt_model.choices import BackendName, Precision
 from cvt_model.errors import CheckpointError, ImageError
-from cvt_model.image_source import IMAGE_TYPES, MAX_PIXELS, ImageInput, load_image, read_http
+from cvt_model.image_file import DEFAULT_MAX_PIXELS
+from cvt_model.image_source import IMAGE_TYPES, ImageInput, load_image, read_http
 from cvt_model.inference import InferenceModel
 
 NUM_READERS = 8  # threads that read and decode; slow servers are waited for side by side
@@ -65,7 +66,7 @@ class CvtClassifier:
         device: torch.device | str | None = None,
         batch_size: int | Literal["auto"] = 1,
         num_threads: int | None = None,
-        max_pixels: int | None = MAX_PIXELS,
+        max_pixels: int | None = DEFAULT_MAX_PIXELS,
         read_url: Callable[[str], bytes] = read_http,
     ) -> None:
         if batch_size != "auto" and batch_size < 1:

@@ -19,6 +19,7 @@ from PIL import ExifTags, Image, UnidentifiedImageError, _imaging, features
 from cvt_model.errors import ImageError
 from cvt_model.magic import ends_before_pixels, image_format, other_kind
 
+DEFAULT_MAX_PIXELS = 178_956_970  # Pillow's own limit against decompression bombs
 MAX_DETAIL = 160  # characters of a decoder's own words
 
 TRANSPOSITIONS = {
@@ -75,11 +76,14 @@ def decode(data: bytes, max_pixels: int | None) -> OpenedImage:
         image.load()
         if not (width and height):
             raise ImageError("corrupt", "the image has no pixels; its header is damaged")
-        transposition = TRANSPOSITIONS.get(orientation(image))
-        image_rgb = image.convert("RGB")
-        if transposition is not None:
-            image_rgb = image_rgb.transpose(transposition)
-        return OpenedImage(image_rgb, width, height, image.format or "")
+        return OpenedImage(upright_rgb(image), width, height, image.format or "")
+
+
+def upright_rgb(image: Image.Image) -> Image.Image:
+    """The image as RGB, turned as its EXIF orientation says."""
+    transposition = TRANSPOSITIONS.get(orientation(image))
+    image_rgb = image.convert("RGB")
+    return image_rgb if transposition is None else image_rgb.transpose(transposition)
 
 
 def stored_size(image: Image.Image) -> tuple[int, int]:

@@ -18,13 +18,12 @@ from urllib.request import Request, urlopen
 from PIL import Image
 
 from cvt_model.errors import ImageError
-from cvt_model.image_file import TRANSPOSITIONS, open_image, orientation
+from cvt_model.image_file import DEFAULT_MAX_PIXELS, open_image, upright_rgb
 
 ImageInput = str | os.PathLike[str] | bytes | bytearray | memoryview | Image.Image
 IMAGE_TYPES = tuple(getattr(kind, "__origin__", kind) for kind in get_args(ImageInput))  # for isinstance
 
 URL = re.compile(r"[A-Za-z][\w.+-]*(::[A-Za-z][\w.+-]*)*://")
-MAX_PIXELS = 178_956_970  # Pillow's own limit against decompression bombs
 TIMEOUT_S = 10.0  # for a server to say something
 DEADLINE_S = 60.0  # for a whole image
 PIECE_BYTES = 2**20
@@ -65,7 +64,7 @@ def load_image(
     image: ImageInput,
     *,
     read_url: Callable[[str], bytes] = read_http,
-    max_pixels: int | None = MAX_PIXELS,
+    max_pixels: int | None = DEFAULT_MAX_PIXELS,
 ) -> Image.Image:
     """The image, upright and as RGB, whatever it is given as.
 
@@ -103,9 +102,7 @@ def convert_image(image: Image.Image) -> Image.Image:
     if 0 in image.size:
         raise ImageError("corrupt", "the image has no pixels")
     try:
-        image_rgb = image.convert("RGB")
+        return upright_rgb(image)
     except (OSError, SyntaxError, ValueError, EOFError, AssertionError) as error:  # the last: it is closed
         detail = str(error) or "its file is closed"
         raise ImageError("corrupt", f"its pixels cannot be read: {detail}") from error
-    transposition = TRANSPOSITIONS.get(orientation(image))
-    return image_rgb if transposition is None else image_rgb.transpose(transposition)

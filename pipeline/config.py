@@ -16,11 +16,11 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from cvt_model.choices import BackendName, EmbeddingKind, Precision
+from cvt_model.image_file import DEFAULT_MAX_PIXELS
 from pipeline.errors import ConfigError
 
 ENV_PREFIX = "CVT_PIPELINE__"
 M = TypeVar("M", bound=BaseModel)
-DEFAULT_MAX_PIXELS = 178_956_970  # Pillow's own limit against decompression bombs
 
 
 class Section(BaseModel):

@@ -9,8 +9,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 from cvt_model.errors import ImageError
-from cvt_model.image_file import open_image
-from pipeline.config import DEFAULT_MAX_PIXELS
+from cvt_model.image_file import DEFAULT_MAX_PIXELS, open_image
 from pipeline.search import Hit
 
 THUMBNAIL_PX = 192

@@ -20,11 +20,10 @@ import pyarrow.parquet as pq
 
 from cvt_model.checkpoint import resolve_checkpoint
 from cvt_model.errors import CheckpointError, ImageError
-from cvt_model.image_file import open_image
+from cvt_model.image_file import DEFAULT_MAX_PIXELS, open_image
 from cvt_model.image_processor import CvtImageProcessor
 from pipeline import schema
 from pipeline.commits import EMBEDDINGS
-from pipeline.config import DEFAULT_MAX_PIXELS
 from pipeline.errors import FingerprintError, SearchError
 from pipeline.fingerprint import require_fingerprint
 from pipeline.index import Vectors, load_faiss, normalize, read_ids, read_record, usable

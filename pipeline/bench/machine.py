@@ -13,6 +13,7 @@ from typing import Any
 import torch
 
 from cvt_model.calibration import cpu_name
+from cvt_model.inference import cpu_computes_in
 
 PACKAGES = ("cvt-pipeline", "torch", "transformers", "openvino", "onnxruntime")
 
@@ -23,7 +24,7 @@ def hardware(device: torch.device, num_threads: int) -> dict[str, Any]:
         "cores": os.cpu_count(),
         "threads": num_threads,
         "load_before": os.getloadavg()[0] if hasattr(os, "getloadavg") else None,
-        "bfloat16_on_cpu": bool(torch.ops.mkldnn._is_mkldnn_bf16_supported()),
+        "bfloat16_on_cpu": cpu_computes_in("bfloat16"),
         "gpu": torch.cuda.get_device_name(device) if device.type == "cuda" else None,
     }
 

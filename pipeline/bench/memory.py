@@ -22,7 +22,7 @@ from pipeline.bench.rivals import Form, failures_told
 NUM_RUNS = 2
 TRANSFORMERS = "transformers.models.cvt.modeling_cvt"
 MODULES = {
-    "ours": ("openvino.opset13",),
+    "ours": ("openvino.opset14",),
     "transformers_eager": (TRANSFORMERS,),
     "transformers_compiled": (TRANSFORMERS, "torch._inductor.compile_fx"),
     "transformers_openvino": (TRANSFORMERS, "openvino.frontend.pytorch.ts_decoder"),
