@@ -25,32 +25,12 @@ from cvt_model.presets import PRESETS
 from pipeline.errors import ConfigError
 from pipeline.prepare import find_checkpoint
 from tests.running import make_config
+from tests.saved_cvt import assert_loads_as, pixels, reference, saved
 from tests.tiny_cvt import reference_model, save_checkpoint
 
+__all__ = ["reference", "saved"]  # fixtures
+
 REPO = Path(__file__).parents[1]
-
-
-@pytest.fixture(scope="module")
-def reference():
-    return reference_model()
-
-
-@pytest.fixture
-def saved(tmp_path, reference):
-    """A directory as save_pretrained leaves it."""
-    save_checkpoint(tmp_path / "saved", reference)
-    return tmp_path / "saved"
-
-
-def pixels():
-    return torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(3))
-
-
-def assert_loads_as(reference, source):
-    model = resolve_checkpoint(str(source)).load()
-    with torch.no_grad():
-        expected = reference(pixels()).logits
-    assert (model(pixels()).logits - expected).abs().max() <= 1e-5
 
 
 def rewrite_as_bin(directory, reference, **options):

@@ -8,37 +8,18 @@ import sys
 from pathlib import Path
 
 import pytest
-import torch
 from huggingface_hub import constants
 from safetensors.torch import load_file, save_file
 
 from cvt_model import CheckpointError, resolve_checkpoint
 from cvt_model.hub import fetch
 from cvt_model.weights import WEIGHT_FILES
+from tests.saved_cvt import assert_loads_as, reference, saved
 from tests.tensorflow_file import save_tensorflow
-from tests.tiny_cvt import reference_model, save_checkpoint
+
+__all__ = ["reference", "saved"]  # fixtures
 
 REPO = Path(__file__).parents[1]
-
-
-@pytest.fixture(scope="module")
-def reference():
-    return reference_model()
-
-
-@pytest.fixture
-def saved(tmp_path, reference):
-    """A directory as save_pretrained leaves it."""
-    save_checkpoint(tmp_path / "saved", reference)
-    return tmp_path / "saved"
-
-
-def assert_loads_as(reference, source):
-    pixels = torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(3))
-    model = resolve_checkpoint(source).load()
-    with torch.no_grad():
-        expected = reference(pixels).logits
-    assert (model(pixels).logits - expected).abs().max() <= 1e-5
 
 
 @pytest.fixture
