@@ -10,10 +10,10 @@ import difflib
 import os
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Annotated, Any, Literal, TypeVar
+from typing import Annotated, Any, Literal, Self, TypeVar
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, PlainSerializer, ValidationError, model_validator
 
 from cvt_model.choices import BackendName, EmbeddingKind, Precision
 from cvt_model.image_file import DEFAULT_MAX_PIXELS
@@ -27,6 +27,14 @@ class Section(BaseModel):
     """A section of the configuration: frozen, and refusing keys that it does not know."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", protected_namespaces=())
+
+
+def _hidden(options: dict[str, Any]) -> dict[str, str]:
+    return dict.fromkeys(options, "***")
+
+
+StorageOptions = Annotated[dict[str, Any], PlainSerializer(_hidden)]
+"""What fsspec's file system takes (keys, an endpoint): shown nowhere, since any of it may be a secret."""
 
 
 class InputConfig(Section):
@@ -43,6 +51,20 @@ class InputConfig(Section):
     id_column: str | None = Field(None, description="Parquet: column whose value is the image_id")
     metadata_columns: Literal["all"] | tuple[str, ...] = Field(
         (), description="columns (WebDataset: extensions) to carry into the output, or all"
+    )
+    decode: Literal["exact", "fast"] = Field(
+        "exact",
+        description="exact: the reference's pixels; fast: large JPEGs decoded small, resized in one step",
+    )
+    on_deleted: Literal["keep", "remove"] = Field(
+        "keep", description="what becomes of the rows of shards and images that are gone from the input"
+    )
+    min_age_s: float = Field(0, ge=0, description="younger files wait for the next run")
+    ignore_shards: tuple[str, ...] = Field(
+        (), description="shards to leave out, by the names that reports give; * and ? match"
+    )
+    storage_options: StorageOptions = Field(
+        default_factory=dict, description="options of the input's file system, over storage_options"
     )
 
 
@@ -75,6 +97,22 @@ class OutputConfig(Section):
         "full", description="full, none, or the number K of largest logits to keep"
     )
     dtype: Literal["float32", "float16"] = Field("float32", description="type of stored vectors")
+    storage_options: StorageOptions = Field(
+        default_factory=dict, description="options of the output's file system, over storage_options"
+    )
+
+
+class ActorRange(Section):
+    """An autoscaling pool: Ray adds and removes replicas between these bounds."""
+
+    min: int = Field(strict=True, ge=1, description="replicas that are always there")
+    max: int = Field(strict=True, ge=1, description="replicas at most")
+
+    @model_validator(mode="after")
+    def _ordered(self) -> Self:
+        if self.max < self.min:
+            raise ValueError(f"max {self.max} is less than min {self.min}")
+        return self
 
 
 class ComputeConfig(Section):
@@ -84,8 +122,17 @@ class ComputeConfig(Section):
         "auto",
         description="images the model takes at once, and a chunk; auto: measured, once a machine and model",
     )
-    actors: Literal["auto"] | Annotated[int, Field(strict=True, ge=1)] = Field(
-        "auto", description="model replicas; auto: one a GPU, or one for every 8 CPU cores"
+    actors: Literal["auto"] | Annotated[int, Field(strict=True, ge=1)] | ActorRange = Field(
+        "auto",
+        description="model replicas, or {min, max} of a pool that grows and shrinks; auto: one a GPU, or one "
+        "for every 8 CPU cores",
+    )
+    actor_gpus: Literal["auto"] | Annotated[float, Field(ge=0)] = Field(
+        "auto", description="GPUs of each replica, which may be a fraction; auto: one where there is one"
+    )
+    actor_labels: dict[str, str] = Field(
+        default_factory=dict,
+        description="labels of the nodes that replicas may run on, as Ray's label_selector takes them",
     )
     shard_images: int = Field(4096, ge=1, description="loose images grouped into one shard")
 
@@ -101,12 +148,20 @@ class LimitsConfig(Section):
         le=1,
         description="share of rejects over which the run stops, from 1,000 samples on",
     )
+    max_deleted_fraction: float = Field(
+        0.1,
+        ge=0,
+        le=1,
+        description="share of what is committed that may be gone from the input before nothing is removed",
+    )
+    image_timeout_s: float = Field(60, gt=0, description="seconds after which decoding an image is ended")
 
 
 class RunConfig(Section):
     """How a run behaves towards others."""
 
     lease_s: float = Field(120, ge=10, description="seconds after which a run that died may be taken over")
+    log_format: Literal["text", "json"] = Field("text", description="log lines for people or for programs")
 
 
 class IndexConfig(Section):
@@ -124,6 +179,19 @@ class Config(Section):
     compute: ComputeConfig = ComputeConfig()
     limits: LimitsConfig = LimitsConfig()
     run: RunConfig = RunConfig()
+    storage_options: StorageOptions = Field(
+        default_factory=dict, description="options of the file systems of input and output, as fsspec's are"
+    )
+
+    @property
+    def input_options(self) -> dict[str, Any]:
+        """Storage options of the input."""
+        return {**self.storage_options, **self.input.storage_options}
+
+    @property
+    def output_options(self) -> dict[str, Any]:
+        """Storage options of the output."""
+        return {**self.storage_options, **self.output.storage_options}
 
 
 def load_config(

@@ -49,7 +49,7 @@ def extract(
     `started` is the epoch time at which the process began. Raises PipelineError for everything that
     a user can mend; what was committed until then stays.
     """
-    output = Storage(config.output.uri)
+    output = Storage(config.output.uri, config.output_options)
     checkpoint = find_checkpoint(config)
     stop.check()
     prepared = prepare(config, output, checkpoint, "float32")

@@ -25,6 +25,7 @@ from pipeline.storage import STAGING, Storage, sha256_of
 
 PART = ".arrow"
 _GROUP_ROWS, _GROUP_BYTES = 4096, 2**26
+_EXAMPLES = 3  # rejects that a receipt tells of
 
 Amendments = dict[str, dict[str, Any]]
 """What a shard's end told of earlier rows: key -> the columns to set."""
@@ -48,6 +49,10 @@ def write_chunk(chunk: pa.Table, output: Storage, run: str) -> pa.Table:
         "timings": json.dumps(timings | {"write": time.time() - started}),
         "num_rows": rows.num_rows,
         "rejects_by_reason": json.dumps(Counter(rejects.column("reason").to_pylist())),
+        "labels": json.dumps(
+            Counter(rows.column("label").to_pylist() if "label" in rows.column_names else ())
+        ),
+        "examples": json.dumps(rejects.slice(0, _EXAMPLES).to_pylist()),
     }
     return pa.Table.from_pylist([receipt], schema.RECEIPTS)
 

@@ -182,7 +182,7 @@ def summarize_plan(config: Config) -> dict[str, int | None]:
 
     Bytes to write are estimated from the bytes a row of embeddings and logits takes.
     """
-    output = Storage(config.output.uri)
+    output = Storage(config.output.uri, config.output_options)
     prepared = prepare(config, output, find_checkpoint(config), "float32")
     claimed = read_fingerprint(output)
     if claimed is not None:

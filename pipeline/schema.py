@@ -31,6 +31,8 @@ RejectReason = Literal[
     "unreadable",  # the file or member could not be opened
     "no_image",  # a sample without an image: null bytes, or a key with metadata only
     "duplicate_id",  # the second sample with one id
+    "crashed",  # its decoder died, each time it was tried
+    "timeout",  # its decoder did not end within limits.image_timeout_s
 ]
 REJECT_REASONS: tuple[str, ...] = get_args(RejectReason)
 
@@ -80,6 +82,8 @@ RECEIPTS = pa.schema(
         *(CHUNKS.field(name) for name in ("stem", "chunk", "num_chunks", "error", "timings")),
         pa.field("num_rows", pa.int32(), nullable=False),
         pa.field("rejects_by_reason", pa.string(), nullable=False),  # JSON: {reason: count}
+        pa.field("labels", pa.string(), nullable=False),  # JSON: {label: count}
+        pa.field("examples", pa.string(), nullable=False),  # JSON: a few REJECTS rows, as dicts
     ]
 )
 

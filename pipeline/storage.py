@@ -16,8 +16,8 @@ import os
 import stat
 import tempfile
 import uuid
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from functools import cache, cached_property
 from pathlib import Path, PurePosixPath
@@ -36,11 +36,15 @@ F = TypeVar("F", bound=Callable[..., Any])
 
 @dataclass(frozen=True)
 class FileInfo:
-    """A file as a listing tells it: path relative to the storage's root, bytes, ETag or mtime."""
+    """A file as a listing tells it: path relative to the storage's root, bytes, ETag or mtime.
+
+    `modified` is when it was last written, in epoch seconds; None where the storage does not tell.
+    """
 
     path: str
     size: int
     version: str
+    modified: float | None = None
 
 
 @cache
@@ -88,24 +92,28 @@ def _guarded(method: F) -> F:
 
 @dataclass(frozen=True)
 class Storage:
-    """A folder on a file system that fsspec knows."""
+    """A folder on a file system that fsspec knows; `options` are what that file system takes."""
 
     uri: str
+    options: Mapping[str, Any] = field(default_factory=dict, repr=False, hash=False)
 
     @cached_property
     def fs(self) -> Any:
-        return open_filesystem(self.uri)[0]
+        return open_filesystem(self.uri, self.options)[0]
 
     @cached_property
     def root(self) -> str:
-        return open_filesystem(self.uri)[1]
+        return open_filesystem(self.uri, self.options)[1]
 
     @property
     def is_local(self) -> bool:
         return isinstance(self.fs, LocalFileSystem)
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return (Storage, (self.url(""),))  # absolute: a worker may have another working directory
+        return (
+            Storage,
+            (self.url(""), self.options),
+        )  # absolute: a worker may have another working directory
 
     def path(self, relative: str) -> str:
         """`relative` as the file system's own path."""
@@ -235,7 +243,7 @@ class Storage:
             ) from error
 
 
-def open_filesystem(uri: str) -> tuple[Any, str]:
+def open_filesystem(uri: str, options: Mapping[str, Any] | None = None) -> tuple[Any, str]:
     """The file system of `uri` and the path in it; ConfigError where it cannot be used."""
     protocol = uri.split("://", 1)[0] if "://" in uri else "file"
     if protocol == "memory":
@@ -246,7 +254,7 @@ def open_filesystem(uri: str) -> tuple[Any, str]:
         local = uri.removeprefix("file://")
         return fsspec.filesystem("file"), str(Path(local).expanduser().absolute())
     try:
-        fs, path = fsspec.core.url_to_fs(uri, use_listings_cache=False)
+        fs, path = fsspec.core.url_to_fs(uri, use_listings_cache=False, **(options or {}))
     except ImportError as error:
         extra = _EXTRAS.get(protocol)
         remedy = f"pip install 'cvt-pipeline[{extra}]'" if extra else str(error)
