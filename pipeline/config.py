@@ -124,8 +124,8 @@ class ComputeConfig(Section):
     )
     actors: Literal["auto"] | Annotated[int, Field(strict=True, ge=1)] | ActorRange = Field(
         "auto",
-        description="model replicas, or {min, max} of a pool that grows and shrinks; auto: one a GPU, or one "
-        "for every 8 CPU cores",
+        description="model replicas, or {min, max} of a pool that grows and shrinks; "
+        "auto: one a GPU, or one for every 8 CPU cores",
     )
     actor_gpus: Literal["auto"] | Annotated[float, Field(ge=0)] = Field(
         "auto", description="GPUs of each replica, which may be a fraction; auto: one where there is one"
