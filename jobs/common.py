@@ -14,7 +14,14 @@ import typer
 from rich.console import Console
 from rich.logging import RichHandler
 
-from pipeline.errors import BusyError, Interrupted, LimitError, PipelineError, StorageError
+from pipeline.errors import (
+    BusyError,
+    Interrupted,
+    LimitError,
+    PipelineError,
+    StorageError,
+    WorkersDiedError,
+)
 from pipeline.stop import Stop
 
 DONE, FAILED, BAD_INPUT, INCOMPLETE, BUSY = 0, 1, 2, 3, 4
@@ -26,7 +33,7 @@ def exit_code(error: PipelineError) -> int:
     """The documented exit code of an error; what the user can mend before a run is 2."""
     if isinstance(error, Interrupted):
         return 128 + error.signum
-    codes = {BusyError: BUSY, LimitError: INCOMPLETE, StorageError: FAILED}
+    codes = {BusyError: BUSY, LimitError: INCOMPLETE, StorageError: FAILED, WorkersDiedError: FAILED}
     return next((code for kind, code in codes.items() if isinstance(error, kind)), BAD_INPUT)
 
 

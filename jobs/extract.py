@@ -23,6 +23,10 @@ SETTINGS: dict[str, object] = {}
 def extract(
     config: Annotated[Path, typer.Argument(help="YAML file; see the README for its keys")],
     overrides: Annotated[list[str] | None, typer.Argument(help="key.path=value, over the file")] = None,
+    into: Annotated[
+        str | None,
+        typer.Option(help="another output: a URL, a path, or a name beside output.uri"),
+    ] = None,
     verbose: Annotated[bool, typer.Option("--verbose", "-v", help="show what Ray has to say")] = False,
 ) -> None:
     """Embed every new image of the input and commit the results, shard by shard."""
@@ -35,7 +39,7 @@ def extract(
 
     with ProgressDisplay(console) as progress:
         tally = run_extract(
-            load_config(config, overrides or ()),
+            load_config(config, overrides or (), into=into),
             stop=stop,
             on_progress=progress,
             started=process_started(),

@@ -17,6 +17,10 @@ SETTINGS: dict[str, object] = {}
 def plan(
     config: Annotated[Path, typer.Argument(help="YAML file; see the README for its keys")],
     overrides: Annotated[list[str] | None, typer.Argument(help="key.path=value, over the file")] = None,
+    into: Annotated[
+        str | None,
+        typer.Option(help="another output: a URL, a path, or a name beside output.uri"),
+    ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="print the result on stdout")] = False,
 ) -> None:
     """Shards new, changed, deleted and done; images and bytes to read and to write."""
@@ -24,14 +28,17 @@ def plan(
     from pipeline.config import load_config
     from pipeline.prepare import summarize_plan
 
-    values = summarize_plan(load_config(config, overrides or ()))
+    values = summarize_plan(load_config(config, overrides or (), into=into))
     if as_json:
         typer.echo(json.dumps(values))
         return
     table = Table(box=None, show_header=False, pad_edge=False)
     for name, value in values.items():
-        table.add_row(name, "unknown" if value is None else f"{value:,}")
+        if name != "refusal":
+            table.add_row(name, "unknown" if value is None else f"{value:,}")
     console.print(table)
+    if values["refusal"]:
+        console.print(f"[red]refused:[/] {values['refusal']}", highlight=False)
 
 
 if __name__ == "__main__":

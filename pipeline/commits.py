@@ -119,27 +119,34 @@ class CommitLog:
 def write_commit(output: Storage, commit: Commit) -> None:
     """Create the record, then delete what it supersedes. FileExistsError if another run was faster."""
     output.create(f"{COMMITS}/{commit.stem}.json", commit.to_json())
-    for stem in commit.supersedes:
+    remove_commits(output, commit.supersedes)
+
+
+def remove_commits(output: Storage, stems: Iterable[str]) -> None:
+    """Take shards out of the output: their records, then their files."""
+    for stem in stems:
         output.delete(f"{COMMITS}/{stem}.json")
         output.delete(f"{EMBEDDINGS}/{stem}.parquet")
         output.delete(f"{REJECTS}/{stem}.parquet")
 
 
-def clean(output: Storage, log: CommitLog) -> int:
+def clean(output: Storage, log: CommitLog, removed: Iterable[str] = ()) -> int:
     """Delete what no live commit stands for; returns how many files that were.
+
+    `removed` are stems whose records have gone since the log was listed.
 
     Superseded records go before their files, so that no record ever names a file that is gone.
     """
-    removed = 0
+    live, num_deleted = log.live.difference(removed), 0
     for stem in log.superseded & log.listed:
         output.delete(f"{COMMITS}/{stem}.json")
-        removed += 1
+        num_deleted += 1
     for folder in (EMBEDDINGS, REJECTS):
         for info in output.find(folder):
             stem = info.path.removeprefix(f"{folder}/").removesuffix(".parquet")
-            if stem not in log.live:
+            if stem not in live:
                 output.delete(info.path)
-                removed += 1
-    removed += len(output.find(STAGING))
+                num_deleted += 1
+    num_deleted += len(output.find(STAGING))
     output.delete_folder(STAGING)
-    return removed
+    return num_deleted

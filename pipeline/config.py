@@ -183,6 +183,18 @@ class Config(Section):
         default_factory=dict, description="options of the file systems of input and output, as fsspec's are"
     )
 
+    def into(self, place: str) -> Config:
+        """The same configuration with another output: a URL or path, or a name beside the present one."""
+        present = self.output.uri.rstrip("/")
+        folder, slash, _ = present.rpartition("/")
+        if "/" not in place:
+            if folder.endswith(":/"):
+                raise ConfigError(f"--into: {present} is a whole bucket; give the new output's full URL")
+            place = f"{folder}{slash}{place}"
+        if place.rstrip("/") == present:
+            raise ConfigError(f"--into: {place} is output.uri itself; name another folder")
+        return self.model_copy(update={"output": self.output.model_copy(update={"uri": place})})
+
     @property
     def input_options(self) -> dict[str, Any]:
         """Storage options of the input."""
@@ -195,11 +207,14 @@ class Config(Section):
 
 
 def load_config(
-    path: Path, overrides: Iterable[str] = (), environ: Mapping[str, str] = os.environ
+    path: Path,
+    overrides: Iterable[str] = (),
+    environ: Mapping[str, str] = os.environ,
+    into: str | None = None,
 ) -> Config:
     """The validated configuration of a YAML file, the environment and `key.path=value` overrides.
 
-    Raises ConfigError, with one line for each bad key.
+    `into` names another output (see `Config.into`). Raises ConfigError, with one line for each bad key.
     """
     try:
         text = path.read_text(encoding="utf-8")
@@ -214,7 +229,8 @@ def load_config(
     _merge_environment(values, environ)
     for override in overrides:
         _merge_override(values, override)
-    return validate(Config, values, origin=str(path))
+    config = validate(Config, values, origin=str(path))
+    return config if into is None else config.into(into)
 
 
 def load_section(section: type[M], overrides: Iterable[str], name: str) -> M:

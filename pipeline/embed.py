@@ -6,6 +6,7 @@ schema; knows no storage and no Ray.
 
 from __future__ import annotations
 
+import threading
 import time
 from dataclasses import dataclass
 from typing import Literal
@@ -56,6 +57,7 @@ class Embedder:
                 f"({options.weights_sha256[:12]}); it must not change while a run goes on"
             )
         self._options = options
+        self._device = threading.Lock()  # calls overlap: one computes, another packs or unpacks
         self._processor = checkpoint.processor
         self._labels = [checkpoint.config.id2label[n] for n in range(checkpoint.num_labels)]
         self._num_labels = checkpoint.num_labels
@@ -76,7 +78,6 @@ class Embedder:
 
     def __call__(self, chunk: pa.Table) -> pa.Table:
         """A CHUNK of one row with its PIXELS turned into rows of `embeddings/`."""
-        started = time.time()
         pixels = schema.unpack(chunk.column("rows")[0])
         assert pixels is not None
         metadata = schema.metadata_fields(pixels.schema, schema.PIXELS)
@@ -88,9 +89,14 @@ class Embedder:
             metadata=metadata,
         )
         columns = {name: pixels.column(name) for name in pixels.column_names if name != "pixels"}
-        columns |= self._result_columns(self.embed(self._pixels_array(pixels)), table_schema)
+        pixels_BHWC = self._pixels_array(pixels)
+        with self._device:
+            computing = time.time()
+            features = self.embed(pixels_BHWC)
+            busy_s = time.time() - computing
+        columns |= self._result_columns(features, table_schema)
         table = pa.table([columns[name] for name in table_schema.names], table_schema)
-        return replace_rows(chunk, "model", started, table, [])
+        return replace_rows(chunk, "model", time.time() - busy_s, table, [])
 
     def embed(self, pixels_BHWC: np.ndarray) -> FeatureArrays:
         """uint8 pixels (B, H, W, 3) to float32 embeddings (B, D) and logits (B, num_labels)."""

@@ -19,6 +19,10 @@ class InputError(PipelineError):
     """The input does not exist, matches nothing or cannot be read as what it claims to be (exit 2)."""
 
 
+class EmptyInputError(InputError):
+    """The input holds nothing to read (exit 2; 3 where the output shows that it once did)."""
+
+
 class OutputError(PipelineError):
     """The output cannot be written, or holds something else (exit 2)."""
 
@@ -41,6 +45,18 @@ class BusyError(PipelineError):
 
 class StorageError(PipelineError, OSError):
     """Storage failed: a full disk, a dead endpoint, no permission (exit 1). Also an OSError."""
+
+
+class WorkersDiedError(PipelineError):
+    """Workers of the cluster died again and again over the same work: memory, or an input (exit 1)."""
+
+    def __init__(self, times: int, reason: str) -> None:
+        super().__init__(
+            f"workers died {times} times over the same work ({reason}); look for the out-of-memory killer in "
+            "the system's log, give the machine more memory or the run fewer actors, and run again: what is "
+            "committed stays"
+        )
+        self.short = f"workers died {times} times over it ({reason})"
 
 
 class ShardError(Exception):

@@ -6,34 +6,30 @@ kill at any moment costs the shards in progress, never a committed one. Knows Ra
 
 from __future__ import annotations
 
-import json
 import logging
 import time
-from collections import Counter
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
-from datetime import UTC, datetime
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable
+from typing import TYPE_CHECKING
 
-from pipeline.commits import Commit, clean, write_commit
+from pipeline.commits import CommitLog, clean, remove_commits
 from pipeline.config import Config
-from pipeline.errors import Interrupted, LimitError
+from pipeline.errors import Interrupted, LimitError, WorkersDiedError
 from pipeline.fingerprint import claim, read_fingerprint
 from pipeline.lease import Lease, acquire
-from pipeline.parts import put_in_place
+from pipeline.ledger import Ledger
 from pipeline.plan import Plan
 from pipeline.prepare import Prepared, find_checkpoint, make_plan, prepare
 from pipeline.report import write_report
-from pipeline.schema import safe_text
 from pipeline.shards import Work
 from pipeline.stop import Stop
 from pipeline.storage import STAGING, Storage, unique_name
 from pipeline.tally import Tally
 
 if TYPE_CHECKING:
-    from pipeline.run import Cluster, Extraction, Files
+    from pipeline.run import Cluster, Extraction
 
 LIMIT_FROM_SAMPLES = 1000
+MAX_CULPRITS = 3  # single shards in a row that end their workers: then it is not the shards
 
 logger = logging.getLogger(__name__)
 
@@ -52,9 +48,11 @@ def extract(
     output = Storage(config.output.uri, config.output_options)
     checkpoint = find_checkpoint(config)
     stop.check()
+    listing_began = time.time()
     prepared = prepare(config, output, checkpoint, "float32")
     output.check_writable()
     stop.check()
+    listed = time.time()
     cluster = None
     if config.model.precision == "auto" and read_fingerprint(output) is None:
         cluster = _connect(stop, verbose)
@@ -62,18 +60,25 @@ def extract(
             prepared = prepared.with_precision("bfloat16")
     claim(output, prepared.fingerprint)
     tally = Tally(unique_name(), config.output.uri, prepared.fingerprint.digest, started=started)
+    tally.lease_s = config.run.lease_s
     lease = acquire(output, tally.run, config.run.lease_s)
     try:
+        lease.keep()
+        planning_began = time.time()
         plan, log = make_plan(prepared)
-        clean(output, log)
-        tally.planned_shards, tally.done_before = len(plan.work), plan.num_done
-        tally.planned_bytes = plan.size_bytes
+        tally.list_s = listed - listing_began + time.time() - planning_began
+        _tidy(output, plan, log, lease)
+        _tell(tally, plan)
         stop.check()
         if plan.work:
             cluster = cluster or _connect(stop, verbose)
-            _carry_out(prepared, plan, lease, tally, stop, on_progress)
+            extraction = cluster.extraction(prepared, tally.run)
+            tally.stage_slots = extraction.resources.slots
+            _Run(prepared, extraction, lease, tally, stop, on_progress).carry_out(plan)
         lease.check()
         output.delete_folder(STAGING)  # a killed run's workers may have written after `clean`
+        if plan.refusal:
+            raise LimitError(plan.refusal)
     except Interrupted as reason:
         stop.signum = reason.signum  # Ray may have caught it before us
         tally.stopped = str(reason)
@@ -97,35 +102,99 @@ def _connect(stop: Stop, verbose: bool) -> Cluster:
     return cluster
 
 
-def _carry_out(
-    prepared: Prepared,
-    plan: Plan,
-    lease: Lease,
-    tally: Tally,
-    stop: Stop,
-    on_progress: OnProgress,
-) -> None:
-    from pipeline.run import Extraction, Resources
+def _tidy(output: Storage, plan: Plan, log: CommitLog, lease: Lease) -> None:
+    """Take out what is to be removed, and what killed runs left."""
+    lease.check()
+    remove_commits(output, plan.removed)
+    clean(output, log, removed=plan.removed)
 
-    resources = Resources.of_cluster(prepared.config)
-    tally.stage_slots = resources.slots
-    extraction = Extraction(prepared, plan, tally.run, resources)
-    shards = _ShardsInProgress(prepared, plan, extraction, lease, tally)
-    for receipt in extraction.receipts():
-        stop.check()
-        lease.renew()
-        if receipt is not None:
-            shards.receive(receipt)
-            _check_limit(prepared.config, tally, LIMIT_FROM_SAMPLES)
-        for _ in shards.commit(wait=False):
-            pass
-        on_progress(tally)
-    for _ in shards.commit(wait=True):
-        stop.check()
-        lease.renew()
-        on_progress(tally)
-    shards.check_none_left()
-    _check_limit(prepared.config, tally, 1)
+
+def _tell(tally: Tally, plan: Plan) -> None:
+    tally.planned_shards, tally.done_before = len(plan.work), plan.num_done
+    tally.planned_bytes = plan.size_bytes
+    tally.removed_shards = len(plan.removed)
+    tally.waiting_files, tally.ignored_shards = plan.num_young, plan.ignored
+    if plan.num_deleted and not plan.removed:
+        logger.info(
+            "%d committed shards or images are gone from the input; their rows stay", plan.num_deleted
+        )
+    if plan.refusal:
+        logger.warning("%s", plan.refusal)
+
+
+class _Run:
+    """A plan on its way through the cluster, wave by wave."""
+
+    def __init__(
+        self,
+        prepared: Prepared,
+        extraction: Extraction,
+        lease: Lease,
+        tally: Tally,
+        stop: Stop,
+        on_progress: OnProgress,
+    ) -> None:
+        self._config, self._lease, self._tally, self._stop = prepared.config, lease, tally, stop
+        self._on_progress = on_progress
+        self._extraction = extraction
+        self._ledger = Ledger(prepared, self._extraction, lease, tally)
+        self._culprits = 0
+
+    def carry_out(self, plan: Plan) -> None:
+        try:
+            for wave in self._extraction.waves(plan.work):
+                self._run(wave)
+            for _ in self._ledger.commit(wait=True):
+                self._look_around()
+        finally:
+            self._ledger.close()
+        self._ledger.check_none_left()
+        _check_limit(self._config, self._tally, 1)
+
+    def _run(self, wave: list[Work]) -> None:
+        """Carry out a wave; where its workers die again and again, find the shard that ends them.
+
+        Ray names no input when it gives up, so the wave is halved until one shard is left, which is then
+        left out by name.
+        """
+        self._ledger.begin(wave)
+        died = self._pull(wave)
+        rest = self._ledger.unsettled(wave)
+        if died is None:
+            if rest:
+                raise RuntimeError(f"{rest[0].stem}: not all of its chunks arrived")
+        elif len(rest) > 1:
+            logger.warning("%s; going on with %d shards in halves", died.short, len(rest))
+            middle = len(rest) // 2
+            self._run(rest[:middle])
+            self._run(rest[middle:])
+        elif rest:
+            self._culprits = self._culprits + 1 if len(wave) == 1 else 1
+            if self._culprits == MAX_CULPRITS:
+                raise died
+            self._ledger.fail(rest[0], died.short)
+
+    def _pull(self, wave: list[Work]) -> WorkersDiedError | None:
+        """Take a wave's receipts to their end, or to the death of its workers, which is returned."""
+        receipts = iter(self._extraction.receipts(wave))
+        while True:
+            try:
+                receipt = next(receipts)
+            except StopIteration:
+                return None
+            except WorkersDiedError as error:
+                return error
+            if receipt is not None:
+                self._ledger.receive(receipt)
+                _check_limit(self._config, self._tally, LIMIT_FROM_SAMPLES)
+            for _ in self._ledger.commit(wait=False):
+                pass
+            self._look_around()
+
+    def _look_around(self) -> None:
+        self._stop.check()
+        self._lease.still_held()
+        self._on_progress(self._tally)
 
 
 def _check_limit(config: Config, tally: Tally, from_samples: int) -> None:
@@ -135,103 +204,4 @@ def _check_limit(config: Config, tally: Tally, from_samples: int) -> None:
         raise LimitError(
             f"{rejected.total():,} of {samples:,} samples were rejected ({most}), more than "
             f"limits.max_reject_fraction = {limit} allows; look into {tally.output}/rejects, or raise it"
-        )
-
-
-@dataclass
-class _InProgress:
-    """What has come of a shard so far."""
-
-    work: Work
-    chunks: set[int] = field(default_factory=set)
-    num_chunks: int | None = None
-    num_rows: int = 0
-    rejects: Counter[str] = field(default_factory=Counter)
-
-
-class _ShardsInProgress:
-    """From receipts to commits. Holds the shards that are begun, not those that are done."""
-
-    def __init__(
-        self, prepared: Prepared, plan: Plan, extraction: Extraction, lease: Lease, tally: Tally
-    ) -> None:
-        self._prepared, self._extraction, self._tally = prepared, extraction, tally
-        self._lease = lease
-        self._to_do = {work.stem: work for work in plan.work}
-        self._begun: dict[str, _InProgress] = {}
-        self._complete: dict[str, _InProgress] = {}
-
-    def receive(self, receipt: dict[str, Any]) -> None:
-        """Note a chunk; begin to assemble its shard where that was the last one missing."""
-        stem = receipt["stem"]
-        rejects = Counter(json.loads(receipt["rejects_by_reason"]))
-        self._tally.note(receipt["num_rows"], rejects, json.loads(receipt["timings"]))
-        if stem in self._to_do:
-            self._begun[stem] = _InProgress(self._to_do.pop(stem))
-        shard = self._begun.get(stem)
-        if shard is None or receipt["chunk"] in shard.chunks:
-            return  # a chunk of a failed shard, or one that was delivered before
-        shard.chunks.add(receipt["chunk"])
-        if receipt["error"]:
-            name = safe_text(shard.work.shard.name)
-            self._tally.failed_shards[name] = receipt["error"]
-            logger.warning("shard %s is left out: %s", name, receipt["error"])
-            del self._begun[stem]
-            return
-        shard.num_rows += receipt["num_rows"]
-        shard.rejects += rejects
-        shard.num_chunks = receipt["num_chunks"] or shard.num_chunks
-        if shard.num_chunks == len(shard.chunks):
-            self._complete[stem] = self._begun.pop(stem)
-            self._extraction.assemble(shard.work)
-
-    def commit(self, *, wait: bool) -> Iterator[None]:
-        """Commit the shards whose files are in place by now, or all that are complete."""
-        for assembled in self._extraction.assembled(wait=wait):
-            if assembled is not None:
-                self._commit(*assembled)
-            yield
-
-    def check_none_left(self) -> None:
-        """Every planned shard was committed or has failed by name; else it is a bug of ours."""
-        for stem, shard in [*self._begun.items(), *self._complete.items()]:
-            raise RuntimeError(f"{stem}: {len(shard.chunks)} of {shard.num_chunks} chunks arrived")
-        for stem in self._to_do:
-            raise RuntimeError(f"{stem}: planned, and no chunk of it arrived")
-
-    def _commit(self, work: Work, files: Files) -> None:
-        embeddings, rejects, reasons = files
-        shard = self._complete.pop(work.stem)
-        num_rejects = rejects.num_rows if rejects else 0
-        expected = len(work.shard.members) or shard.num_rows + shard.rejects.total()
-        if embeddings.num_rows + num_rejects != expected:
-            raise RuntimeError(f"{work.stem}: the assembled rows are not those of the receipts")
-        output = self._prepared.output
-        self._lease.check()
-        for file in (embeddings, rejects):
-            if file is not None:
-                put_in_place(output, self._tally.run, file)
-        write_commit(
-            output,
-            Commit(
-                stem=work.stem,
-                shard=work.shard,
-                fingerprint=self._prepared.fingerprint.digest,
-                num_samples=embeddings.num_rows + num_rejects,
-                num_rows=embeddings.num_rows,
-                num_rejects=num_rejects,
-                rejects_by_reason=reasons,
-                embeddings=embeddings,
-                rejects=rejects,
-                supersedes=work.supersedes,
-                run=self._tally.run,
-                committed_at=datetime.now(UTC).isoformat(timespec="seconds"),
-            ),
-        )
-        self._tally.committed_shards += 1
-        self._tally.committed_bytes += work.shard.size_bytes
-        self._tally.images += shard.num_rows
-        self._tally.rejects += shard.rejects
-        logger.info(
-            "committed %s: %d images, %d rejects", work.shard.name, embeddings.num_rows, num_rejects
         )

@@ -8,17 +8,21 @@ still the newest, and stops if not. A holder whose process on this host is gone 
 from __future__ import annotations
 
 import json
+import logging
 import os
 import socket
+import threading
 import time
 from dataclasses import asdict, dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
 
-from pipeline.errors import BusyError, OutputError
+from pipeline.errors import BusyError, OutputError, StorageError
 from pipeline.storage import Storage
 
 FOLDER = "lease"
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -44,10 +48,38 @@ class Holder:
 
 
 class Lease:
-    """A lease that this process holds. Release it when the run has ended."""
+    """A lease that this process holds. Release it when the run has ended.
+
+    `keep` renews it from a thread of its own, however long the run is busy elsewhere; a process that was
+    stopped and goes on finds by its clock that the lease has expired.
+    """
 
     def __init__(self, output: Storage, holder: Holder, path: str, lease_s: float) -> None:
         self._output, self._holder, self._path, self._lease_s = output, holder, path, lease_s
+        self._lost: BusyError | None = None
+        self._released = threading.Event()
+        self._keeper = threading.Thread(target=self._keep, name="lease", daemon=True)
+
+    def keep(self) -> None:
+        """Renew from now on; what goes wrong is raised by `still_held` and `check`."""
+        self._keeper.start()
+
+    def _keep(self) -> None:
+        while not self._released.wait(min(5.0, self._lease_s / 8)):
+            try:
+                self.renew()
+            except BusyError as error:
+                self._lost = error
+                return
+            except StorageError as error:  # tried again until the lease expires
+                logger.warning("the lease could not be renewed: %s", error)
+
+    def still_held(self) -> None:
+        """Raise BusyError where it is known here, without a look at the storage, that the lease is lost."""
+        if self._lost is not None:
+            raise self._lost
+        if time.time() >= self._holder.expires(self._lease_s):
+            raise self._taken_over()
 
     def renew(self) -> None:
         """Renew, where a quarter of the time has passed since the last renewal."""
@@ -59,16 +91,23 @@ class Lease:
 
     def check(self) -> None:
         """Raise BusyError unless this lease is still the newest, and ours."""
+        self.still_held()
         paths = _listed(self._output)
         holder = _read(self._output, self._path) if paths and paths[-1] == self._path else None
         if holder is None or holder.run != self._holder.run:
-            raise BusyError(
-                f"{self._output.uri}: the lease of this run was taken over, since it was not renewed for "
-                f"{self._lease_s:.0f} s; this run stops, what it committed stays"
-            )
+            raise self._taken_over()
+
+    def _taken_over(self) -> BusyError:
+        return BusyError(
+            f"{self._output.uri}: the lease of this run expired or was taken over, since it was not renewed "
+            f"for {self._lease_s:.0f} s; this run stops, what it committed stays"
+        )
 
     def release(self) -> None:
         """Give the lease back; nothing where another has taken it over."""
+        self._released.set()
+        if self._keeper.is_alive():
+            self._keeper.join()
         holder = _read(self._output, self._path)
         if holder is not None and holder.run == self._holder.run:
             self._output.delete(self._path)
@@ -93,6 +132,12 @@ def acquire(output: Storage, run: str, lease_s: float) -> Lease:
     for older in paths:
         output.delete(older)
     return Lease(output, mine, path, lease_s)
+
+
+def read_holder(output: Storage) -> Holder | None:
+    """Who holds the output, be it alive or not; None where nobody does."""
+    paths = _listed(output)
+    return _read(output, paths[-1]) if paths else None
 
 
 def _busy(output: Storage, holder: Holder, lease_s: float) -> BusyError:

@@ -7,6 +7,7 @@ can get wrong is told here, before Ray starts and before anything is written.
 from __future__ import annotations
 
 import os
+import time
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -19,10 +20,10 @@ from cvt_model.errors import CheckpointError
 from pipeline import schema
 from pipeline.commits import CommitLog
 from pipeline.config import Config
-from pipeline.errors import ConfigError
+from pipeline.errors import ConfigError, EmptyInputError, LimitError
 from pipeline.fingerprint import Fingerprint, make_fingerprint, read_fingerprint, refuse_difference
 from pipeline.manifest import Manifest
-from pipeline.plan import Plan, plan_files, plan_members
+from pipeline.plan import Plan, Rules, plan_files, plan_members
 from pipeline.read_parquet import find_image_column
 from pipeline.read_webdataset import METADATA_EXTENSIONS
 from pipeline.shards import Listing, Member, list_input
@@ -92,8 +93,8 @@ def prepare(
     config: Config, output: Storage, checkpoint: Checkpoint, default_precision: Precision
 ) -> Prepared:
     """List the input, settle the fingerprint. `default_precision`: what auto means for a new output."""
-    listing = list_input(config.input, output)
     existing = read_fingerprint(output)
+    listing = _list(config, output, known=existing is not None)
     manifest = Manifest(listing, config.input.image_column) if listing.format == "manifest" else None
     metadata = _metadata_fields(config, listing, manifest, existing)
     precision = config.model.precision
@@ -103,14 +104,28 @@ def prepare(
     return Prepared(config, output, listing, checkpoint, fingerprint, tuple(metadata), manifest)
 
 
+def _list(config: Config, output: Storage, *, known: bool) -> Listing:
+    """The input's listing. LimitError where it is empty, and its rows would all have to be removed."""
+    try:
+        return list_input(config.input, output, config.input_options)
+    except EmptyInputError as error:
+        if config.input.on_deleted == "remove" and known and CommitLog(output).listed:
+            raise LimitError(
+                f"{error}; it has been read before: nothing is removed. Where all of it is meant to go, "
+                "delete the output"
+            ) from error
+        raise
+
+
 def make_plan(prepared: Prepared) -> tuple[Plan, CommitLog]:
     """Hold the listing against the commits as they are now; a run does so under its lease."""
     listing, manifest = prepared.listing, prepared.manifest
     log, digest = CommitLog(prepared.output), prepared.fingerprint.digest
+    rules = Rules.of(prepared.config, time.time())
     if listing.format not in ("images", "manifest"):
-        return plan_files(listing, log, digest), log
+        return plan_files(listing, log, digest, rules), log
     members = manifest.members(list(prepared.metadata)) if manifest else _members(listing)
-    return plan_members(listing, members, log, digest, prepared.config.compute.shard_images), log
+    return plan_members(listing, members, log, digest, rules), log
 
 
 def _members(listing: Listing) -> list[Member]:
@@ -177,7 +192,7 @@ def _parquet_columns(config: Config, listing: Listing) -> list[pa.Field]:
     return []
 
 
-def summarize_plan(config: Config) -> dict[str, int | None]:
+def summarize_plan(config: Config) -> dict[str, int | str | None]:
     """What `plan` prints. Images are known of loose images and manifests, not of unread archives.
 
     Bytes to write are estimated from the bytes a row of embeddings and logits takes.
@@ -199,8 +214,12 @@ def summarize_plan(config: Config) -> dict[str, int | None]:
         "shards_new": plan.num_new,
         "shards_changed": plan.num_changed,
         "shards_deleted": plan.num_deleted,
+        "shards_removed": len(plan.removed),
         "shards_done": plan.num_done,
+        "shards_ignored": len(plan.ignored),
+        "files_too_young": plan.num_young,
         "images_to_read": images,
         "bytes_to_read": plan.size_bytes if prepared.manifest is None else None,
         "bytes_to_write": None if images is None else images * row_bytes,
+        "refusal": plan.refusal or None,
     }

@@ -15,7 +15,6 @@ import signal
 import threading
 import warnings
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
 from typing import Any
 
 os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
@@ -25,80 +24,38 @@ import pyarrow as pa
 import ray
 import ray.data
 from ray.data import ActorPoolStrategy, TaskPoolStrategy
+from ray.util.annotations import RayDeprecationWarning
 
 from pipeline.commits import DataFile
-from pipeline.config import Config
+from pipeline.config import ComputeConfig
 from pipeline.decode import decode_chunk
-from pipeline.errors import PipelineError
+from pipeline.errors import PipelineError, WorkersDiedError
 from pipeline.parts import assemble, write_chunk
-from pipeline.plan import Plan
 from pipeline.prepare import Prepared
 from pipeline.readers import read_shard
+from pipeline.resources import Resources, share_out
 from pipeline.samples import ReadOptions
 from pipeline.shards import Work
 from pipeline.storage import storage_failures
 
 WAVE_SHARDS = 2000
 WAVE_BYTES = 64 * 2**20  # of shard descriptions; groups of loose images list their members
+_RETRIES = 5  # of work whose worker died; beyond that the shard is looked for that ends them
 _BATCH = {"batch_size": 1, "batch_format": "pyarrow"}  # one row is one chunk
+
+_DEATHS = (
+    ray.exceptions.WorkerCrashedError,
+    ray.exceptions.OutOfMemoryError,
+    ray.exceptions.NodeDiedError,
+    ray.exceptions.RayActorError,
+    ray.exceptions.ObjectLostError,
+    ray.exceptions.RaySystemError,
+)
+
+logger = logging.getLogger(__name__)
 
 Files = tuple[DataFile, DataFile | None, dict[str, int]]
 """A shard's file of embeddings, its file of rejects, and the rejects by reason."""
-
-
-@dataclass(frozen=True)
-class Resources:
-    """How a cluster is divided between the stages.
-
-    Shares differ from stage to stage, so that Ray does not fuse them, and leave each room beside the
-    others on one core: two stages that ask for whole cores would starve each other.
-    """
-
-    actors: int
-    actor_gpus: float
-    actor_cpus: float
-    decode_cpus: float
-    num_threads: int
-    chunk_images: int
-    cpus: float
-
-    @property
-    def slots(self) -> dict[str, float]:
-        """How many tasks of each stage can be at work at once."""
-        decode = max(1.0, (self.cpus - self.actors * self.actor_cpus) / self.decode_cpus)
-        slots = {"read": self.readers, "decode": decode, "model": self.actors, "write": self.writers}
-        return {stage: min(count, self.cpus) for stage, count in slots.items()}
-
-    @property
-    def readers(self) -> int:
-        """Shards read at once: they wait for storage more than for cores, and each holds a chunk."""
-        return max(2, int(self.cpus))
-
-    @property
-    def writers(self) -> int:
-        return max(2, int(self.cpus / 2))
-
-    @classmethod
-    def of_cluster(cls, config: Config) -> Resources:
-        totals = ray.cluster_resources()
-        cpus, gpus = totals.get("CPU", 1.0), int(totals.get("GPU", 0))
-        nodes = sum(node["Alive"] for node in ray.nodes())
-        compute = config.compute
-        fitting = gpus or max(nodes, int(cpus // 8))
-        actors = fitting if compute.actors == "auto" else compute.actors
-        chunk_images = 256 if gpus else max(32, 8 * int(cpus / actors))
-        if compute.batch_size != "auto":
-            chunk_images = compute.batch_size
-        share = cpus / actors
-        return cls(
-            actors=actors,
-            actor_gpus=min(1.0, gpus / actors) if gpus else 0,
-            actor_cpus=round(min(1.0, 0.3 * share) if gpus else 0.4 * share, 2),
-            decode_cpus=0.5 if cpus <= 2 else 0.9,
-            num_threads=max(1, int(share)),
-            chunk_images=chunk_images,
-            cpus=cpus,
-        )
 
 
 class Cluster:
@@ -119,10 +76,29 @@ class Cluster:
             logging.getLogger(name).setLevel(level)
         if not verbose:
             warnings.filterwarnings("ignore", category=UserWarning, module=r"ray\.")
+            warnings.filterwarnings("ignore", category=RayDeprecationWarning)
+            _raylet_to_log()
 
     @property
     def has_gpu(self) -> bool:
         return bool(ray.cluster_resources().get("GPU"))
+
+    def extraction(self, prepared: Prepared, run: str) -> Extraction:
+        """The graph of a run, with shares of what the cluster has now."""
+        return Extraction(prepared, run, self._resources(prepared.config.compute))
+
+    def _resources(self, compute: ComputeConfig) -> Resources:
+        totals = ray.cluster_resources()
+        nodes = [node for node in ray.nodes() if node["Alive"]]
+        wanted = compute.actor_labels.items()
+        if not any(wanted <= node["Labels"].items() for node in nodes):
+            logger.warning(
+                "compute.actor_labels: no node of the cluster has %s; waiting for one",
+                ", ".join(f"{name}={value}" for name, value in wanted),
+            )
+        return share_out(
+            compute, cpus=totals.get("CPU", 0), gpus=totals.get("GPU", 0), num_nodes=len(nodes)
+        )
 
     def close(self) -> None:
         if self._ours:
@@ -169,22 +145,48 @@ def _native_stderr_closed() -> Iterator[None]:
         os.close(saved)
 
 
+def _raylet_to_log() -> None:
+    """Have what the cluster tells of dead workers in our log, shortened; Ray prints it at any log level."""
+    if not hasattr(ray._private.worker, "print_to_stdstream"):  # another Ray: it goes on printing
+        return
+
+    def tell(data: dict[str, Any], *_: object, **__: object) -> None:
+        for line in data["lines"]:
+            logger.info("ray: %s", " ".join(str(line).split())[:200])
+
+    ray._private.worker.print_to_stdstream = tell
+
+
 class Extraction:
     """The graph of a prepared run: its receipts as they come, and the assembly of finished shards."""
 
-    def __init__(self, prepared: Prepared, plan: Plan, run: str, resources: Resources) -> None:
-        self._plan = plan
-        self._prepared, self._run, self._resources = prepared, run, resources
+    def __init__(self, prepared: Prepared, run: str, resources: Resources) -> None:
+        self.resources = resources
+        self._prepared, self._run = prepared, run
         self._assembling: dict[Any, Work] = {}
         self._assemble = ray.remote(num_cpus=0, max_retries=3)(assemble)
 
-    def receipts(self) -> Iterator[dict[str, Any] | None]:
-        """RECEIPTS rows; None about ten times a second, so that the caller can look around."""
+    def waves(self, work: Iterable[Work]) -> Iterator[list[Work]]:
+        """Shards in lots that one data set can plan: bounded in number and in bytes of description."""
+        wave: list[Work] = []
+        size = 0
+        for item in work:
+            if wave and (len(wave) >= WAVE_SHARDS or size + item.size_of_json > WAVE_BYTES):
+                yield wave
+                wave, size = [], 0
+            wave.append(item)
+            size += item.size_of_json
+        if wave:
+            yield wave
+
+    def receipts(self, wave: list[Work]) -> Iterator[dict[str, Any] | None]:
+        """RECEIPTS rows of a wave; None about ten times a second, so that the caller can look around.
+
+        Raises WorkersDiedError where Ray has given up on some of its work.
+        """
         manifest, metadata = self._prepared.manifest, list(self._prepared.metadata)
-        work = self._plan.work
-        ready = (manifest.attach(item, metadata) if manifest else item for item in work)
-        for wave in _waves(item.to_json() for item in ready):
-            yield from _pump(self._dataset(wave))
+        ready = (manifest.attach(item, metadata) if manifest else item for item in wave)
+        yield from _pump(self._dataset([item.to_json() for item in ready]))
 
     def assemble(self, work: Work) -> None:
         """Begin to put a shard's parts in place; `assembled` tells when that is done."""
@@ -207,7 +209,7 @@ class Extraction:
                 yield None
 
     def _dataset(self, wave: list[str]) -> Any:
-        prepared, resources = self._prepared, self._resources
+        prepared, resources = self._prepared, self.resources
         config, checkpoint = prepared.config, prepared.checkpoint
         read = ReadOptions(
             chunk_images=resources.chunk_images,
@@ -234,20 +236,31 @@ class Extraction:
                 fn_args=(read,),
                 compute=TaskPoolStrategy(size=resources.readers),
                 num_cpus=0.1,
+                max_retries=_RETRIES,
                 **_BATCH,
             )
             .map_batches(
                 decode_chunk,
                 fn_args=(checkpoint.processor, config.limits.max_pixels),
                 num_cpus=resources.decode_cpus,
+                max_retries=_RETRIES,
                 **_BATCH,
             )
             .map_batches(
                 _Embed,
                 fn_constructor_kwargs=embed,
-                compute=ActorPoolStrategy(size=resources.actors, max_tasks_in_flight_per_actor=2),
+                compute=ActorPoolStrategy(
+                    min_size=resources.min_actors,
+                    max_size=resources.max_actors,
+                    # One call computes while the other unpacks its chunk or packs its results.
+                    max_concurrent_calls_per_actor=2,
+                    max_tasks_in_flight_per_actor=4,
+                    enable_true_multi_threading=True,
+                ),
                 num_cpus=resources.actor_cpus,
                 num_gpus=resources.actor_gpus,
+                label_selector=config.compute.actor_labels or None,
+                max_task_retries=_RETRIES,
                 **_BATCH,
             )
             .map_batches(
@@ -255,6 +268,7 @@ class Extraction:
                 fn_args=(prepared.output, self._run),
                 compute=TaskPoolStrategy(size=resources.writers),
                 num_cpus=0.05,
+                max_retries=_RETRIES,
                 **_BATCH,
             )
         )
@@ -284,20 +298,6 @@ class _Embed:
         if isinstance(self._embedder, PipelineError):
             raise self._embedder
         return self._embedder(chunk)
-
-
-def _waves(specs: Iterable[str]) -> Iterator[list[str]]:
-    """Shards in lots that one data set can plan: bounded in number and in bytes of description."""
-    wave: list[str] = []
-    size = 0
-    for spec in specs:
-        if wave and (len(wave) >= WAVE_SHARDS or size + len(spec) > WAVE_BYTES):
-            yield wave
-            wave, size = [], 0
-        wave.append(spec)
-        size += len(spec)
-    if wave:
-        yield wave
 
 
 def _pump(dataset: Any) -> Iterator[dict[str, Any] | None]:
@@ -333,6 +333,8 @@ def _translated() -> Iterator[None]:
     """What a task raised, as the driver's error: ours as it is, storage's with the remedy."""
     try:
         yield
+    except _DEATHS as error:
+        raise WorkersDiedError(_RETRIES + 1, " ".join(str(error).split())[:200]) from error
     except ray.exceptions.RayTaskError as error:
         cause = error.cause
         if isinstance(cause, PipelineError):

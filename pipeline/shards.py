@@ -10,13 +10,14 @@ import dataclasses
 import hashlib
 import json
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
 from fsspec.utils import glob_translate
 
 from pipeline.config import InputConfig
-from pipeline.errors import InputError
+from pipeline.errors import EmptyInputError, InputError
 from pipeline.storage import FileInfo, Storage, parent_and_name, split_glob, storage_errors
 
 TAR_SUFFIXES = (".tar", ".tar.gz", ".tgz")
@@ -26,7 +27,7 @@ MANIFEST_SUFFIXES = (".csv", ".jsonl", ".ndjson")
 _DIGEST_LENGTH = 16
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Member:
     """A loose image of a group: its path or URI, and what identifies its content.
 
@@ -86,6 +87,11 @@ class Work:
     carried: frozenset[str] = frozenset()
     metadata: str = ""
 
+    @property
+    def size_of_json(self) -> int:
+        """About how many bytes `to_json` gives."""
+        return 500 + len(self.metadata) + sum(len(member.path) + 120 for member in self.shard.members)
+
     def to_json(self) -> str:
         return json.dumps({**dataclasses.asdict(self), "carried": sorted(self.carried)})
 
@@ -125,25 +131,28 @@ def name_part(stem: str) -> str:
     return stem[: -_DIGEST_LENGTH - 1]
 
 
-def list_input(config: InputConfig, output: Storage | None = None) -> Listing:
-    """List the input and judge its layout. Raises InputError where nothing is there to read.
+def list_input(
+    config: InputConfig, output: Storage | None = None, options: Mapping[str, Any] | None = None
+) -> Listing:
+    """List the input and judge its layout. `options` are those of its file system.
 
-    What lies in the `output` folder, which may be inside the input, is left out.
+    What lies in the `output` folder, which may be inside the input, is left out. Raises EmptyInputError
+    where nothing is there to read, InputError where it cannot be told what is.
     """
     try:
-        root, files = _find(config.uri)
+        root, files = _find(config.uri, options or {})
     except storage_errors() as error:
         raise InputError(f"input.uri: cannot list {config.uri}: {error}") from error
     if output is not None:
         files = _without_output(root, files, output)
     if not files:
-        raise InputError(f"input.uri: {config.uri} matches no file; check the path and the spelling")
+        raise EmptyInputError(f"input.uri: {config.uri} matches no file; check the path and the spelling")
     layout = config.format if config.format != "auto" else _judge(config.uri, files)
     suffixes = {"webdataset": TAR_SUFFIXES, "parquet": PARQUET_SUFFIXES}.get(layout)
     if suffixes and len(files) > 1:
         files = [file for file in files if file.path.lower().endswith(suffixes)]
         if not files:
-            raise InputError(
+            raise EmptyInputError(
                 f"input.uri: {config.uri} has no file that ends in {', '.join(suffixes)}, "
                 f"as input.format: {layout} needs"
             )
@@ -152,19 +161,21 @@ def list_input(config: InputConfig, output: Storage | None = None) -> Listing:
     return Listing(root, layout, tuple(files))
 
 
-def _find(uri: str) -> tuple[Storage, list[FileInfo]]:
+def _find(uri: str, options: Mapping[str, Any]) -> tuple[Storage, list[FileInfo]]:
     folder, pattern = split_glob(uri)
-    literal = Storage(uri)
+    literal = Storage(uri, options)
     if pattern and not (literal.is_local and literal.exists("")):
-        root = Storage(folder)
+        root = Storage(folder, options)
         matches = re.compile(glob_translate(pattern)).fullmatch
         return root, [file for file in root.find() if _matches(matches, file.path)]
     if literal.fs.isfile(literal.root):
         parent, name = parent_and_name(literal.fs.unstrip_protocol(literal.root))
-        root = Storage(parent)
+        root = Storage(parent, options)
         return root, [root.info(name)]
     if not literal.fs.exists(literal.root):
-        raise InputError(f"input.uri: {uri} does not exist; check the path, the bucket and the spelling")
+        raise EmptyInputError(
+            f"input.uri: {uri} does not exist; check the path, the bucket and the spelling"
+        )
     return literal, literal.find()
 
 

@@ -5,12 +5,13 @@ from __future__ import annotations
 import dataclasses
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from pipeline.commits import Commit, CommitLog, DataFile, write_commit
 from pipeline.errors import InputError
-from pipeline.plan import Plan, plan_files, plan_members
+from pipeline.plan import Plan, Rules, plan_files, plan_members
 from pipeline.shards import FileInfo, Listing, Member, Shard, Work
 from pipeline.storage import Storage
 
@@ -44,8 +45,11 @@ def files(folder: str = "/in", **versions: str) -> Listing:
     return Listing(Storage(folder), "webdataset", infos)
 
 
-def plan_of(output: Storage, listing: Listing) -> Plan:
-    return plan_files(listing, CommitLog(output), "f")
+NOW = 1_000_000.0
+
+
+def plan_of(output: Storage, listing: Listing, **rules: Any) -> Plan:
+    return plan_files(listing, CommitLog(output), "f", Rules(NOW, **rules))
 
 
 def counts(plan: Plan) -> tuple[int, int, int, int]:
@@ -94,7 +98,7 @@ def test_a_plan_takes_time_in_proportion_to_the_corpus(output: Storage) -> None:
     log = CommitLog(output)
     log.__dict__["listed"] = frozenset(stems)
     started = time.process_time()
-    assert plan_files(listing, log, "f").num_done == 20_000
+    assert plan_files(listing, log, "f", Rules(NOW)).num_done == 20_000
     assert time.process_time() - started < 2.5
 
 
@@ -103,11 +107,19 @@ def members(*names: str, version: str = "1") -> list[Member]:
 
 
 def plan_images(
-    output: Storage, found: list[Member], group_size: int = 3, folder: str = "/in", layout: str = "images"
+    output: Storage,
+    found: list[Member],
+    group_size: int = 3,
+    folder: str = "/in",
+    layout: str = "images",
+    young: str = "",
+    **rules: Any,
 ) -> Plan:
-    name = "m.csv" if layout == "manifest" else "a"
-    listing = Listing(Storage(folder), layout, (FileInfo(name, 1, "1"),))
-    return plan_members(listing, found, CommitLog(output), "f", group_size)
+    infos = tuple(FileInfo(m.path, 1, m.version, NOW - 1 if m.path in young else 0) for m in found)
+    if layout == "manifest":
+        infos = (FileInfo("m.csv", 1, "1"),)
+    listing = Listing(Storage(folder), layout, infos)
+    return plan_members(listing, found, CommitLog(output), "f", Rules(NOW, group_size=group_size, **rules))
 
 
 def groups(plan: Plan) -> list[str]:
@@ -184,3 +196,95 @@ def test_repeated_uris_of_a_manifest_are_members_of_their_own(output: Storage) -
     changed = [*found[:3], dataclasses.replace(found[3], version="2")]
     (work,) = plan_images(output, changed, group_size=2, layout="manifest").work
     assert work.carried == {"b"}
+
+
+def stem(name: str, version: str = "1") -> str:
+    return Shard(f"{name}.tar", f"file:///in/{name}.tar", "webdataset", 10, version).stem("f")
+
+
+def test_shards_that_are_gone_are_removed_only_where_the_config_says_so(output: Storage) -> None:
+    commit_all(output, *plan_of(output, files(a="1", b="1", c="1", d="1")).work)
+    left = files(a="1", b="1", c="1")
+    assert plan_of(output, left, max_deleted_fraction=1).removed == ()
+    plan = plan_of(output, left, remove_deleted=True, max_deleted_fraction=0.25)
+    assert (plan.removed, counts(plan), plan.refusal) == ((stem("d"),), (0, 0, 3, 1), "")
+
+
+def test_a_listing_that_shrinks_too_much_removes_nothing_and_says_so(output: Storage) -> None:
+    commit_all(output, *plan_of(output, files(a="1", b="1", c="1", d="1")).work)
+    plan = plan_of(output, files(a="1", e="1"), remove_deleted=True, max_deleted_fraction=0.7)
+    assert (plan.removed, counts(plan)) == ((), (1, 0, 1, 3))
+    assert "3 of 4 committed shards are gone" in plan.refusal
+    assert "limits.max_deleted_fraction = 0.7" in plan.refusal
+
+
+def test_a_changed_shard_is_not_taken_for_a_deleted_one(output: Storage) -> None:
+    commit_all(output, *plan_of(output, files(a="1", b="1")).work)
+    rules: dict[str, Any] = {"remove_deleted": True, "max_deleted_fraction": 1}
+    assert plan_of(output, files(a="2", b="1"), **rules).removed == ()
+    assert plan_of(output, files(a="2", b="1"), ignore=("a.tar",), **rules).removed == ()
+    young = tuple(dataclasses.replace(info, modified=NOW) for info in files(a="2", b="1").files)
+    listing = Listing(Storage("/in"), "webdataset", young)
+    assert plan_of(output, listing, min_age_s=60, **rules).removed == ()
+
+
+def test_young_archives_wait_and_old_ones_do_not(output: Storage) -> None:
+    commit_all(output, *plan_of(output, files(b="1", d="1")).work)
+    ages = {"a.tar": 59.0, "b.tar": 59.0, "c.tar": 61.0, "d.tar": 1.0}
+    versions = files(a="1", b="2", c="1", d="1").files
+    infos = tuple(dataclasses.replace(info, modified=NOW - ages[info.path]) for info in versions)
+    plan = plan_of(output, Listing(Storage("/in"), "webdataset", infos), min_age_s=60)
+    assert ([work.shard.name for work in plan.work], plan.num_young) == (["c.tar"], 2)
+    assert (plan.num_done, plan.num_deleted) == (1, 0)
+
+
+def test_ignored_shards_are_left_out_whether_new_or_changed(output: Storage) -> None:
+    commit_all(output, *plan_of(output, files(a="1", b="1")).work)
+    plan = plan_of(output, files(a="2", b="2", bad1="1", bad2="1"), ignore=("b.tar", "bad*.tar"))
+    assert [work.shard.name for work in plan.work] == ["a.tar"]
+    assert plan.ignored == ("b.tar", "bad1.tar", "bad2.tar")
+    assert (plan.num_done, plan.num_deleted) == (0, 0)
+
+
+def test_a_group_loses_its_deleted_members_and_copies_the_others(output: Storage) -> None:
+    first = plan_images(output, members(*"abcdef"))
+    commit_all(output, *first.work)
+    plan = plan_images(output, members(*"acdef"), remove_deleted=True, max_deleted_fraction=0.2)
+    (work,) = plan.work
+    assert (groups(plan), work.carried, work.supersedes) == (["ac"], {"a", "c"}, (first.work[0].stem,))
+    assert (plan.removed, plan.num_deleted) == ((), 1)
+    commit_all(output, work)
+    assert counts(plan_images(output, members(*"acdef"), remove_deleted=True)) == (0, 0, 2, 0)
+
+
+def test_a_group_without_members_left_is_removed(output: Storage) -> None:
+    first = plan_images(output, members(*"abcdef"))
+    commit_all(output, *first.work)
+    plan = plan_images(output, members(*"abc"), remove_deleted=True, max_deleted_fraction=0.5)
+    assert (plan.work, plan.removed, plan.num_done) == ((), (first.work[1].stem,), 1)
+    refused = plan_images(output, members(*"abc"), remove_deleted=True, max_deleted_fraction=0.4)
+    assert (refused.work, refused.removed) == ((), ())
+    assert "3 of 6 committed images are gone" in refused.refusal
+
+
+def test_a_uri_that_a_manifest_names_less_often_is_read_again(output: Storage) -> None:
+    found = [Member("a", 0, "", 0), Member("b", 0, "", 0), Member("a", 0, "", 1)]
+    commit_all(output, *plan_images(output, found, layout="manifest").work)
+    rules: dict[str, Any] = {"remove_deleted": True, "max_deleted_fraction": 1}
+    (work,) = plan_images(output, found[:2], layout="manifest", **rules).work
+    assert (work.carried, len(work.shard.members)) == ({"b"}, 2)
+
+
+def test_young_images_wait_and_committed_ones_stay_as_they_are(output: Storage) -> None:
+    commit_all(output, *plan_images(output, members(*"abc")).work)
+    found = [Member("a", 1, "2"), *members(*"bcde")]
+    plan = plan_images(output, found, min_age_s=60, young="abd")
+    assert (groups(plan), plan.num_young, plan.num_done) == (["e"], 2, 1)
+
+
+def test_ignored_images_and_groups_are_left_out(output: Storage) -> None:
+    plan = plan_images(output, members(*"abcdef"), ignore=("b", "f"))
+    assert (groups(plan), plan.ignored) == (["acd", "e"], ("b", "f"))
+    name = plan.work[0].shard.name
+    without = plan_images(output, members(*"abcdef"), ignore=("b", "f", name))
+    assert (groups(without), without.ignored) == (["e"], ("b", "f", name))
