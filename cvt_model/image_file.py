@@ -1,8 +1,8 @@
 """Encoded images: bytes to an RGB image, or a reason why not.
 
-What enters: the bytes of one file, from anybody. What leaves: an `OpenedImage`, or an `ImageError`
-with a reason of a closed list; nothing else escapes, whatever the bytes. It must not know where
-the bytes came from.
+What enters: the bytes of one file, from anybody. What leaves: an `OpenedImage` (or a `StoredImage`, for
+those who turn it themselves), or an `ImageError` with a reason of a closed list; nothing else escapes,
+whatever the bytes. It must not know where the bytes came from.
 """
 
 import ctypes
@@ -10,17 +10,18 @@ import io
 import logging
 import threading
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from typing import NamedTuple
 
-from PIL import ExifTags, Image, UnidentifiedImageError, _imaging, features
+from PIL import ExifTags, Image, ImageFile, UnidentifiedImageError, _imaging, features
 
 from cvt_model.errors import ImageError
 from cvt_model.magic import ends_before_pixels, image_format, other_kind
 
 DEFAULT_MAX_PIXELS = 178_956_970  # Pillow's own limit against decompression bombs
 MAX_DETAIL = 160  # characters of a decoder's own words
+Size = tuple[int, int]  # (width, height), as Pillow has it
 
 TRANSPOSITIONS = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
@@ -32,6 +33,8 @@ TRANSPOSITIONS = {
     8: Image.Transpose.ROTATE_90,
 }  # by EXIF orientation
 
+
+DRAFTED = ("JPEG", "MPO")  # formats whose decoder can make the image smaller
 
 # Codecs that Pillow may be built without.
 CODECS = {"WebP": "webp", "AVIF": "avif", "JPEG 2000": "jpg_2000"}
@@ -48,12 +51,42 @@ class OpenedImage(NamedTuple):
     format: str  # Pillow's name: JPEG, PNG, …
 
 
+class StoredImage(NamedTuple):
+    """A decoded image as its file holds it; `transposition` turns it upright."""
+
+    image_rgb: Image.Image
+    size: Size  # that `image_rgb` has, or would have, had its decoder not made it smaller
+    transposition: Image.Transpose | None
+    width: int  # of the original
+    height: int
+    format: str
+
+
 def open_image(data: bytes, max_pixels: int | None) -> OpenedImage:
     """Decode an image completely (an animation's first frame), upright and as RGB.
 
     Images of more than `max_pixels` pixels are refused by their header, before any decoding.
     Raises ImageError and nothing else.
     """
+    with explained(data, max_pixels):
+        stored = decode(data, max_pixels)
+        image_rgb = turn(stored.image_rgb, stored.transposition)
+        return OpenedImage(image_rgb, stored.width, stored.height, stored.format)
+
+
+def open_stored(data: bytes, max_pixels: int | None, draft: Callable[[Size], Size]) -> StoredImage:
+    """As `open_image`, not turned, and of a JPEG perhaps a half, a quarter or an eighth of its size.
+
+    `draft` tells, of the whole image's size, the one that is large enough: libjpeg then computes no more
+    than that, which is several times as fast.
+    """
+    with explained(data, max_pixels):
+        return decode(data, max_pixels, draft)
+
+
+@contextmanager
+def explained(data: bytes, max_pixels: int | None) -> Iterator[None]:
+    """Whatever goes wrong inside, as the ImageError that says why."""
     if not data:
         raise ImageError("empty", "the file is empty (0 bytes); copy it again")
     with PILLOW_GUARD.limit(max_pixels):
@@ -61,29 +94,47 @@ def open_image(data: bytes, max_pixels: int | None) -> OpenedImage:
         # for those (struct.error, SyntaxError, KeyError, OverflowError, MemoryError, …): to catch
         # fewer would let one bad image end a run. Nothing of our own logic is inside.
         try:
-            return decode(data, max_pixels)
+            yield
         except ImageError:
             raise
         except Exception as error:
             raise explain(error, data) from error
 
 
-def decode(data: bytes, max_pixels: int | None) -> OpenedImage:
+def decode(data: bytes, max_pixels: int | None, draft: Callable[[Size], Size] | None = None) -> StoredImage:
     with Image.open(io.BytesIO(data)) as image:
         width, height = stored_size(image)
         if max_pixels is not None and width * height > max_pixels:
             raise too_many_pixels(f"{width} x {height} pixels", max_pixels)
-        image.load()
         if not (width and height):
+            image.load()  # which says what is wrong, where it can
             raise ImageError("corrupt", "the image has no pixels; its header is damaged")
-        return OpenedImage(upright_rgb(image), width, height, image.format or "")
+        whole = None
+        if draft is not None and image.format in DRAFTED:
+            whole = image.size
+            image.draft("RGB", draft(whole))
+        image.load()
+        transposition = TRANSPOSITIONS.get(orientation(image))
+        size = whole or image.size  # Pillow turns TIFFs while it loads them
+        return StoredImage(as_rgb(image), size, transposition, width, height, image.format or "")
 
 
 def upright_rgb(image: Image.Image) -> Image.Image:
     """The image as RGB, turned as its EXIF orientation says."""
-    transposition = TRANSPOSITIONS.get(orientation(image))
-    image_rgb = image.convert("RGB")
-    return image_rgb if transposition is None else image_rgb.transpose(transposition)
+    return turn(as_rgb(image), TRANSPOSITIONS.get(orientation(image)))
+
+
+def as_rgb(image: Image.Image) -> Image.Image:
+    # A copy is spared where nothing of the plug-in is left to do: one with a load() of its own may look
+    # for its file again, which is closed by then.
+    image.load()
+    if image.mode == "RGB" and type(image).load in (Image.Image.load, ImageFile.ImageFile.load):
+        return image
+    return image.convert("RGB")
+
+
+def turn(image: Image.Image, transposition: Image.Transpose | None) -> Image.Image:
+    return image if transposition is None else image.transpose(transposition)
 
 
 def stored_size(image: Image.Image) -> tuple[int, int]:

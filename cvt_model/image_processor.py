@@ -105,21 +105,27 @@ class CvtImageProcessor(BaseModel):
         """Resize and crop an RGB image to (height, width, 3) uint8."""
         if image.mode != "RGB":
             raise ValueError(f"image: mode is {image.mode}, it must be RGB; call open_image")
-        pixels = self.resize(image) if self.do_resize else np.asarray(image)
+        return self.crop(self.resize(image) if self.do_resize else np.asarray(image))
+
+    def crop(self, pixels: Pixels) -> Pixels:
+        """The central `crop_size`, where that is asked for."""
         if self.do_center_crop and self.crop_size is not None:
-            pixels = center_crop(pixels, self.crop_size)
+            return center_crop(pixels, self.crop_size)
         return pixels
 
     def resize(self, image: Image.Image) -> Pixels:
         """To a square of side `size`: below 384 resized by the short edge and cropped."""
+        height, width = self.resized_size(*image.size)
         square = (self.size, self.size)
-        if self.size >= WARP_FROM:
-            return np.asarray(image.resize(square, self.resample))
-        short_edge = int(self.size / self.crop_pct)
-        height, width = size_with_short_edge(image, short_edge)
-        if height * width > MAX_RESIZED_PIXELS:
+        if height * width > max(MAX_RESIZED_PIXELS, self.size**2):
             return resize_center(image, (height, width), square, self.resample)
         return center_crop(np.asarray(image.resize((width, height), self.resample)), square)
+
+    def resized_size(self, width: int, height: int) -> tuple[int, int]:
+        """(height, width) to which an image of this size is resized, before its centre is kept."""
+        if self.size >= WARP_FROM:
+            return self.size, self.size
+        return size_with_short_edge(width, height, int(self.size / self.crop_pct))
 
     def affine(self) -> tuple["Tensor", "Tensor"]:
         """What `normalize` does as one multiply-add: gain and offset of each channel, float32 (3,)."""
@@ -181,9 +187,8 @@ def read_crop_size(size: Any) -> Any:
     return size
 
 
-def size_with_short_edge(image: Image.Image, short_edge: int) -> tuple[int, int]:
+def size_with_short_edge(width: int, height: int, short_edge: int) -> tuple[int, int]:
     """(height, width) with this short edge and the image's aspect, rounded down."""
-    width, height = image.size
     if width <= height:
         return int(short_edge * height / width), short_edge
     return short_edge, int(short_edge * width / height)

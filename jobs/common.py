@@ -8,14 +8,17 @@ import os
 import sys
 import time
 from collections.abc import Callable
+from types import TracebackType
 from typing import NoReturn
 
 import typer
 from rich.console import Console
 from rich.logging import RichHandler
 
+from jobs.json_lines import JsonFormatter, JsonLines, speak_json
 from pipeline.errors import (
     BusyError,
+    DecoderError,
     Interrupted,
     LimitError,
     PipelineError,
@@ -24,6 +27,7 @@ from pipeline.errors import (
 )
 from pipeline.stop import Stop
 
+LOG_FORMAT_VARIABLE = "CVT_PIPELINE__RUN__LOG_FORMAT"
 DONE, FAILED, BAD_INPUT, INCOMPLETE, BUSY = 0, 1, 2, 3, 4
 
 console = Console(stderr=True, soft_wrap=True, width=None if sys.stderr.isatty() else 200)
@@ -33,7 +37,8 @@ def exit_code(error: PipelineError) -> int:
     """The documented exit code of an error; what the user can mend before a run is 2."""
     if isinstance(error, Interrupted):
         return 128 + error.signum
-    codes = {BusyError: BUSY, LimitError: INCOMPLETE, StorageError: FAILED, WorkersDiedError: FAILED}
+    failed = dict.fromkeys((StorageError, DecoderError, WorkersDiedError), FAILED)
+    codes = {BusyError: BUSY, LimitError: INCOMPLETE, **failed}
     return next((code for kind, code in codes.items() if isinstance(error, kind)), BAD_INPUT)
 
 
@@ -45,7 +50,10 @@ def run_verb(command: Callable[[], object]) -> None:
     except SystemExit as end:  # typer's own way out
         code = DONE if end.code is None else end.code
     except PipelineError as error:
-        console.print(f"[bold red]error:[/] {_escape(str(error))}", highlight=False)
+        if speaks_json():
+            logging.getLogger("jobs").error("%s", error)
+        else:
+            console.print(f"[bold red]error:[/] {_escape(str(error))}", highlight=False)
         code = exit_code(error)
     _leave(code if isinstance(code, int) else FAILED)
 
@@ -77,18 +85,39 @@ def stop_on_signals() -> Stop:
     return stop
 
 
-def set_up_logging(*, verbose: bool) -> None:
-    """Log lines to stderr: rich on a terminal, plain elsewhere."""
-    if console.is_terminal:
-        handler: logging.Handler = RichHandler(console=console, show_path=False)
+def set_up_logging(*, verbose: bool, log_format: str | None = None) -> None:
+    """Log lines to stderr: `text` is rich on a terminal and plain elsewhere, `json` an object a line.
+
+    In `json` all that `console` prints becomes such lines too. Without `log_format` the environment's
+    CVT_PIPELINE__RUN__LOG_FORMAT counts, which the configuration of a run then confirms or overrules.
+    """
+    as_json = (log_format or os.environ.get(LOG_FORMAT_VARIABLE, "text")) == "json"
+    handler: logging.Handler
+    if as_json:
+        speak_json(console)
+        handler = logging.StreamHandler()
+        handler.setFormatter(JsonFormatter())
+    elif console.is_terminal:
+        handler = RichHandler(console=console, show_path=False)
         handler.setFormatter(logging.Formatter("%(message)s"))
     else:
         handler = logging.StreamHandler()
         handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
     logging.basicConfig(level=logging.WARNING, handlers=[handler], force=True)
+    logging.captureWarnings(as_json)
+    sys.excepthook = _log_crash if as_json else sys.__excepthook__
     for package in ("pipeline", "jobs", "cvt_model"):
         quiet = logging.WARNING if console.is_terminal else logging.INFO  # a terminal has the bar
         logging.getLogger(package).setLevel(logging.DEBUG if verbose else quiet)
+
+
+def speaks_json() -> bool:
+    """Whether stderr takes JSON lines."""
+    return isinstance(console.file, JsonLines)
+
+
+def _log_crash(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
+    logging.getLogger("jobs").critical("%s", error or kind.__name__, exc_info=(kind, error, trace))
 
 
 def process_started() -> float:

@@ -14,6 +14,7 @@ from jobs.common import (
     process_started,
     run_module,
     set_up_logging,
+    speaks_json,
     stop_on_signals,
 )
 
@@ -35,17 +36,22 @@ def extract(
     from pipeline.config import load_config
     from pipeline.extract import extract as run_extract
     from pipeline.progress import ProgressDisplay
-    from pipeline.report import summarize
+    from pipeline.report import log_summary, summarize
 
+    settings = load_config(config, overrides or (), into=into)
+    set_up_logging(verbose=verbose, log_format=settings.run.log_format)
     with ProgressDisplay(console) as progress:
         tally = run_extract(
-            load_config(config, overrides or (), into=into),
+            settings,
             stop=stop,
             on_progress=progress,
             started=process_started(),
             verbose=verbose,
         )
-    summarize(tally, console, next_step="index")
+    if speaks_json():
+        log_summary(tally)
+    else:
+        summarize(tally, console, next_step="index")
     if stop.signum is not None:
         raise typer.Exit(128 + stop.signum)
     raise typer.Exit(INCOMPLETE if tally.stopped or tally.failed_shards else DONE)

@@ -21,18 +21,18 @@ def index(
 ) -> None:
     """Build the index of all committed images, measure its recall, and serve it from now on."""
     set_up_logging(verbose=False)
-    from pipeline.config import IndexConfig, load_section
+    from pipeline.config import IndexConfig, load_section, open_output
     from pipeline.index import build_index
-    from pipeline.storage import Storage
 
     load_section(IndexConfig, overrides or (), "index")
-    record = build_index(Storage(output))
+    place = open_output(output)
+    record = build_index(place)
     if as_json:
         typer.echo(json.dumps(asdict(record)))
     console.print(
         f"index {record.version}: {record.type}, {record.num_vectors:,} vectors of {record.dim}, "
         f"recall@10 {record.recall_at_10:.3f}, {record.latency_ms:.2f} ms a query\n"
-        f"next: cvt-pipeline search {escape(output)} --image FILE",
+        f"next: cvt-pipeline search {escape(place.uri)} --image FILE",
         highlight=False,
     )
 

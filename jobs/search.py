@@ -29,9 +29,17 @@ def search(
     set_up_logging(verbose=False)
     if sum(query is not None for query in (image, image_id, vector)) != 1:
         raise ConfigError("give one query: --image FILE or URL, --id ID, or --vector FILE.npy")
+    from pipeline.config import open_output, storage_options_of
     from pipeline.query import find
 
-    answer = find(output, image=image, image_id=image_id, vector=vector, k=k)
+    answer = find(
+        open_output(output),
+        image=image,
+        image_id=image_id,
+        vector=vector,
+        k=k,
+        input_options=storage_options_of("input", shared=False),
+    )
     if html is not None:
         try:
             html.write_text(answer.page(), encoding="utf-8")

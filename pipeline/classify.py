@@ -76,13 +76,9 @@ def read_url(url: str) -> bytes:
     """The bytes behind any URL that fsspec opens; OSError in words where they cannot be had."""
     if url.lower().startswith(("http://", "https://")):
         return read_http(url)  # without aiohttp, which takes as long to import as an image to classify
-    from pipeline.storage import open_filesystem, storage_errors
+    from pipeline.storage import Storage
 
     try:
-        fs, path = open_filesystem(url)
+        return Storage(url).read_bytes()
     except ConfigError as error:  # no such file system, or not installed
-        raise OSError(str(error)) from error
-    try:
-        return fs.cat_file(path)  # type: ignore[no-any-return]
-    except storage_errors() as error:
         raise OSError(str(error)) from error

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import difflib
 import os
+import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self, TypeVar
@@ -18,8 +19,15 @@ from pydantic import BaseModel, ConfigDict, Field, PlainSerializer, ValidationEr
 from cvt_model.choices import BackendName, EmbeddingKind, Precision
 from cvt_model.image_file import DEFAULT_MAX_PIXELS
 from pipeline.errors import ConfigError
+from pipeline.redact import HIDDEN, URI_CREDENTIALS, scrub, split_credentials
+from pipeline.storage import Storage
 
 ENV_PREFIX = "CVT_PIPELINE__"
+OPTIONS = "storage_options"
+# Their values stay text, though YAML would take some for numbers.
+_CREDENTIALS = {"key", "secret", "token", "username", "password", "account_key", "sas_token"}
+_CREDENTIALS |= {"client_id", "client_secret", "tenant_id", "account_name", "connection_string"}
+_CREDENTIALS |= {"aws_access_key_id", "aws_secret_access_key", "aws_session_token"}
 M = TypeVar("M", bound=BaseModel)
 
 
@@ -30,14 +38,28 @@ class Section(BaseModel):
 
 
 def _hidden(options: dict[str, Any]) -> dict[str, str]:
-    return dict.fromkeys(options, "***")
+    return dict.fromkeys(options, HIDDEN)
 
 
-StorageOptions = Annotated[dict[str, Any], PlainSerializer(_hidden)]
+StorageOptions = Annotated[dict[str, Any], PlainSerializer(_hidden), Field(repr=False)]
 """What fsspec's file system takes (keys, an endpoint): shown nowhere, since any of it may be a secret."""
 
 
-class InputConfig(Section):
+class Place(Section):
+    """A section with a URI, whose password or signature moves to the options, so that it can be shown."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _hide_credentials(cls, values: Any) -> Any:
+        uri = values.get("uri") if isinstance(values, dict) else None
+        shown, found = split_credentials(uri) if isinstance(uri, str) else ("", {})
+        options = values.get("storage_options") or {} if found else None
+        if not isinstance(options, dict):
+            return values
+        return {**values, "uri": shown, "storage_options": {**options, URI_CREDENTIALS: found}}
+
+
+class InputConfig(Place):
     """Where the images are and how they are laid out."""
 
     uri: str = Field(min_length=1, description="folder, file or glob; local or any fsspec URL")
@@ -89,7 +111,7 @@ class ModelConfig(Section):
     )
 
 
-class OutputConfig(Section):
+class OutputConfig(Place):
     """Where results go and which columns they have."""
 
     uri: str = Field(min_length=1, description="folder for the results; local or any fsspec URL")
@@ -221,10 +243,10 @@ def load_config(
         values = yaml.safe_load(text)
     except OSError as error:
         raise ConfigError(f"{path}: cannot read the config file: {error.strerror}") from error
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ConfigError(f"{path}: not valid YAML: {error}") from error
+    except (yaml.YAMLError, ValueError) as error:
+        raise ConfigError(f"{path}: not valid YAML: {_problem(error)}") from error
     if not isinstance(values, dict):
-        raise ConfigError(f"{path}: expected sections (input, model, output), found {values!r}")
+        raise ConfigError(f"{path}: expected sections (input, model, output), found {_found(values)}")
     values = {str(name): {} if section is None else section for name, section in values.items()}
     _merge_environment(values, environ)
     for override in overrides:
@@ -241,6 +263,41 @@ def load_section(section: type[M], overrides: Iterable[str], name: str) -> M:
     for unknown in sorted(set(values) - {name}):
         raise ConfigError(f"{unknown}: not a key of this command; its keys begin with {name}.")
     return validate(section, values[name], origin="command line", prefix=(name,))
+
+
+def storage_options_of(
+    section: str, environ: Mapping[str, str] = os.environ, *, shared: bool = True
+) -> dict[str, Any]:
+    """The storage options that the environment gives to `input` or `output`, the section's own first.
+
+    They are called as in a config: `CVT_PIPELINE__STORAGE_OPTIONS` (those that both share) and
+    `CVT_PIPELINE__OUTPUT__STORAGE_OPTIONS`, each a mapping in YAML or JSON. Raises ConfigError.
+    """
+    values: dict[str, Any] = {}
+    names = [name for name in environ if OPTIONS in name.lower().split("__")]
+    _merge_environment(values, {name: environ[name] for name in names})
+    own = values.get(section) or {}
+    given = {f"{section}.{OPTIONS}": own.get(OPTIONS)}
+    if shared:
+        given = {OPTIONS: values.get(OPTIONS), **given}
+    options: dict[str, Any] = {}
+    for name, found in given.items():
+        if not isinstance(found, dict | None):
+            raise ConfigError(f"{name}: found {HIDDEN}; expected a mapping, such as {{key: …, secret: …}}")
+        options |= found or {}
+    return options
+
+
+def open_output(uri: str, environ: Mapping[str, str] = os.environ) -> Storage:
+    """The output of an earlier run, with the environment's storage options, found to answer."""
+    output = Storage(uri, storage_options_of("output", environ))
+    output.check_reachable()
+    return output
+
+
+def open_input(uri: str, output: Storage, environ: Mapping[str, str] = os.environ) -> Storage:
+    """A place of an output's input: with its own options, and the output's where one service has both."""
+    return Storage(uri, {**output.options_for(uri), **storage_options_of("input", environ, shared=False)})
 
 
 def validate(model: type[M], values: object, *, origin: str, prefix: tuple[str, ...] = ()) -> M:
@@ -263,8 +320,8 @@ def _merge_environment(values: dict[str, Any], environ: Mapping[str, str]) -> No
 def _merge_override(values: dict[str, Any], override: str) -> None:
     path, separator, text = override.partition("=")
     if not separator or not path:
-        raise ConfigError(f"{override!r}: expected key.path=value, such as model.precision=bfloat16")
-    _put(values, path.split("."), text, source=override)
+        raise ConfigError(f"{path!r}: expected key.path=value, such as model.precision=bfloat16")
+    _put(values, path.split("."), text, source=path)
 
 
 def _put(values: dict[str, Any], path: list[str], text: str, *, source: str) -> None:
@@ -276,9 +333,12 @@ def _put(values: dict[str, Any], path: list[str], text: str, *, source: str) -> 
         if not isinstance(inner, dict):
             raise ConfigError(f"{source}: {name} is a value, not a section")
         values = inner
+    if OPTIONS in sections and key in _CREDENTIALS:
+        values[key] = text
+        return
     try:
         values[key] = yaml.safe_load(text)
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, ValueError) as error:
         raise ConfigError(f"{source}: the value is not valid YAML") from error
 
 
@@ -302,7 +362,22 @@ def _explain(model: type[BaseModel], detail: Any, prefix: tuple[str, ...]) -> st
         return f"  {path}: unknown key; {hint}allowed: {', '.join(section.model_fields)}"
     if detail["type"] == "missing":
         return f"  {path}: missing; {field_description or 'this section is required'}"
-    return f"  {path}: found {detail['input']!r}; {_allowed(section, location[-1], detail)}"
+    found = HIDDEN if OPTIONS in detail["loc"] else _found(detail["input"])
+    return f"  {path}: found {found}; {_allowed(section, location[-1], detail)}"
+
+
+def _found(value: object) -> str:
+    """A wrong value as it was found, without what may be secret: only its kind, where it holds others."""
+    if isinstance(value, dict | list):
+        return "a mapping" if isinstance(value, dict) else "a list"
+    return scrub(repr(value))
+
+
+def _problem(error: Exception) -> str:
+    """What is wrong with a YAML text and where, without the text: it may be a secret's line."""
+    mark, problem = getattr(error, "problem_mark", None), getattr(error, "problem", None)
+    where = f"line {mark.line + 1}, column {mark.column + 1}: " if mark else ""
+    return where + re.sub(r"'[^'<>]{2,}'", f"'{HIDDEN}'", problem or type(error).__name__)
 
 
 def _constants(option: dict[str, Any]) -> list[Any]:

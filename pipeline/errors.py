@@ -59,6 +59,10 @@ class WorkersDiedError(PipelineError):
         self.short = f"workers died {times} times over it ({reason})"
 
 
+class DecoderError(PipelineError):
+    """The process that decodes images cannot be started (exit 1)."""
+
+
 class ShardError(Exception):
     """One shard cannot be read to its end; it is left uncommitted and named, and the run goes on."""
 

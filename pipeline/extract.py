@@ -19,6 +19,7 @@ from pipeline.lease import Lease, acquire
 from pipeline.ledger import Ledger
 from pipeline.plan import Plan
 from pipeline.prepare import Prepared, find_checkpoint, make_plan, prepare
+from pipeline.progress import write_progress
 from pipeline.report import write_report
 from pipeline.shards import Work
 from pipeline.stop import Stop
@@ -29,6 +30,7 @@ if TYPE_CHECKING:
     from pipeline.run import Cluster, Extraction
 
 LIMIT_FROM_SAMPLES = 1000
+TELL_EVERY_S = 5.0  # `status` reads what is told
 MAX_CULPRITS = 3  # single shards in a row that end their workers: then it is not the shards
 
 logger = logging.getLogger(__name__)
@@ -48,6 +50,7 @@ def extract(
     output = Storage(config.output.uri, config.output_options)
     checkpoint = find_checkpoint(config)
     stop.check()
+    output.check_reachable()
     listing_began = time.time()
     prepared = prepare(config, output, checkpoint, "float32")
     output.check_writable()
@@ -60,6 +63,7 @@ def extract(
             prepared = prepared.with_precision("bfloat16")
     claim(output, prepared.fingerprint)
     tally = Tally(unique_name(), config.output.uri, prepared.fingerprint.digest, started=started)
+    tally.lease_s = config.run.lease_s
     tally.lease_s = config.run.lease_s
     lease = acquire(output, tally.run, config.run.lease_s)
     try:
@@ -135,7 +139,7 @@ class _Run:
         on_progress: OnProgress,
     ) -> None:
         self._config, self._lease, self._tally, self._stop = prepared.config, lease, tally, stop
-        self._on_progress = on_progress
+        self._on_progress, self._output, self._told = on_progress, prepared.output, -TELL_EVERY_S
         self._extraction = extraction
         self._ledger = Ledger(prepared, self._extraction, lease, tally)
         self._culprits = 0
@@ -195,6 +199,9 @@ class _Run:
         self._stop.check()
         self._lease.still_held()
         self._on_progress(self._tally)
+        if time.monotonic() - self._told > TELL_EVERY_S:
+            self._told = time.monotonic()
+            write_progress(self._output, self._tally)
 
 
 def _check_limit(config: Config, tally: Tally, from_samples: int) -> None:

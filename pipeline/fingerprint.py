@@ -17,6 +17,7 @@ import pyarrow as pa
 
 from cvt_model.checkpoint import Checkpoint
 from cvt_model.choices import EmbeddingKind, Precision
+from cvt_model.image_processor import CvtImageProcessor
 from pipeline.config import Config
 from pipeline.errors import FingerprintError, OutputError
 from pipeline.storage import Storage
@@ -43,6 +44,11 @@ class Fingerprint:
         del parts["source"]
         return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
 
+    @property
+    def fast_decode(self) -> bool:
+        """Whether its images were decoded fast."""
+        return self.preprocessing.get("decode") == "fast"
+
     def to_json(self) -> dict[str, Any]:
         """As `fingerprint.json` holds it."""
         return {"digest": self.digest, **dataclasses.asdict(self)}
@@ -62,7 +68,7 @@ def make_fingerprint(
         source=checkpoint.source,
         weights_sha256=checkpoint.weights_sha256,
         model_config=checkpoint.config.to_dict(),
-        preprocessing=checkpoint.processor.to_dict(),
+        preprocessing=preprocessing_of(checkpoint.processor, fast=config.input.decode == "fast"),
         precision=precision,
         embedding=config.model.embedding,
         columns={
@@ -73,6 +79,11 @@ def make_fingerprint(
             "metadata": [[field.name, str(field.type)] for field in metadata],
         },
     )
+
+
+def preprocessing_of(processor: CvtImageProcessor, *, fast: bool) -> dict[str, Any]:
+    """What an image goes through before the model; exact decoding, the rule, is not mentioned."""
+    return {**processor.to_dict(), **({"decode": "fast"} if fast else {})}
 
 
 def read_fingerprint(output: Storage) -> Fingerprint | None:

@@ -10,12 +10,10 @@ from __future__ import annotations
 
 import json
 import logging
-import tempfile
 import time
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
-from pathlib import Path
 from typing import Any
 
 import faiss
@@ -240,14 +238,10 @@ def _damaged(output: Storage, path: str) -> SearchError:
 def load_faiss(output: Storage, record: IndexRecord) -> Any:
     """The FAISS index of a record, its checksum compared before it is parsed."""
     path = f"{INDEX}/{record.version}/index.faiss"
-    with tempfile.TemporaryDirectory() as folder:
-        local = Path(output.path(path)) if output.is_local else Path(folder) / "index.faiss"
-        try:
-            if not output.is_local:
-                output.fs.get_file(output.path(path), str(local))
-            intact = sha256_of(local) == record.sha256
-        except FileNotFoundError:
-            intact = False
-        if not intact:
-            raise _damaged(output, path)
-        return faiss.read_index(str(local))
+    try:
+        with output.local_copy(path) as local:
+            if sha256_of(local) == record.sha256:
+                return faiss.read_index(str(local))
+    except FileNotFoundError:
+        pass
+    raise _damaged(output, path)

@@ -19,9 +19,13 @@ import pyarrow.json as pa_json
 import pyarrow.parquet as pq
 
 from pipeline import schema
-from pipeline.errors import InputError
+from pipeline.errors import InputError, StorageError
+from pipeline.redact import split_credentials
 from pipeline.shards import PARQUET_SUFFIXES, Listing, Member, Work
 from pipeline.storage import Storage, parent_and_name
+
+SIGNED_URI = "\0signed_uri"
+"""Where the metadata of a member holds its URI, if that has a signature, which is stored nowhere."""
 
 URI_COLUMNS = ("uri", "url", "image_uri", "image_url", "path", "file_name", "filename", "image")
 
@@ -35,6 +39,7 @@ class Manifest:
         if not self._table.num_rows:
             raise InputError(f"input.uri: the manifest {self.url} has no rows")
         self._rows: dict[tuple[str, int], int] = {}
+        self._signed = False
 
     @property
     def metadata_schema(self) -> pa.Schema:
@@ -48,7 +53,8 @@ class Manifest:
         members: list[Member] = []
         for batch in self._table.select([self._column, *names]).to_batches(max_chunksize=10_000):
             for values in self._rows_of(batch):
-                path = _text(values.pop(self._column))
+                path, signature = split_credentials(_text(values.pop(self._column)), signatures_only=True)
+                self._signed = self._signed or bool(signature)
                 text = json.dumps(values, sort_keys=True, default=repr) if names else ""
                 version = hashlib.sha256(text.encode()).hexdigest()[:16] if names else ""
                 member = Member(path, 0, version, seen[path])
@@ -67,10 +73,12 @@ class Manifest:
 
     def attach(self, work: Work, metadata: list[pa.Field]) -> Work:
         """`work` with the metadata rows of its members, packed as text for the journey."""
-        if not metadata:
+        if not metadata and not self._signed:
             return work
-        rows = [self._rows.get((member.path, member.repeat)) for member in work.shard.members]
-        table = self._table.select([column.name for column in metadata]).take(pa.array(rows, pa.int64()))
+        rows = pa.array([self._rows.get((m.path, m.repeat)) for m in work.shard.members], pa.int64())
+        table = self._table.select([column.name for column in metadata]).take(rows)
+        if self._signed:
+            table = table.append_column(SIGNED_URI, self._table.column(self._column).take(rows))
         packed = base64.b64encode(schema.pack(table)).decode()
         return dataclasses.replace(work, metadata=packed)
 
@@ -81,7 +89,10 @@ def unpack_metadata(text: str, num_members: int) -> list[dict[str, Any]]:
         return [{} for _ in range(num_members)]
     with pa.ipc.open_stream(base64.b64decode(text)) as reader:
         rows: list[dict[str, Any]] = reader.read_all().to_pylist()
-        return rows
+    for row in rows:
+        if SIGNED_URI in row:
+            row[SIGNED_URI] = _text(row[SIGNED_URI])
+    return rows
 
 
 def resolve_uri(manifest_uri: str, uri: str) -> str:
@@ -107,6 +118,8 @@ def _read_table(listing: Listing, image_column: str | None) -> tuple[pa.Table, s
                 return pq.read_table(file), column
             text = pa.schema([pa.field(column, pa.string())])
             return pa_json.read_json(file, parse_options=pa_json.ParseOptions(text)), column
+    except StorageError:
+        raise
     except (pa.ArrowException, OSError, ValueError, KeyError, AttributeError) as error:
         raise InputError(
             f"input.uri: cannot read the manifest {url}: {error}; "

@@ -5,11 +5,13 @@ Reads no more of a shard than it must; tells None where the original is no longe
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import dataclasses
+from collections.abc import Iterator, Mapping
+from typing import Any
 
 from pipeline import schema
 from pipeline.commits import Commit, CommitLog
-from pipeline.errors import ShardError
+from pipeline.errors import ConfigError, ShardError
 from pipeline.fingerprint import read_fingerprint
 from pipeline.readers import reader_of
 from pipeline.samples import Amendment, ReadOptions, Sample
@@ -19,9 +21,14 @@ from pipeline.storage import Storage
 
 
 class Originals:
-    """Finds the originals of an output's images by shard and key."""
+    """Finds the originals of an output's images by shard and key.
 
-    def __init__(self, output: Storage) -> None:
+    `input_options` are storage options of the input; where it is of the output's own service, the output's
+    hold too.
+    """
+
+    def __init__(self, output: Storage, input_options: Mapping[str, Any] | None = None) -> None:
+        self._output, self._input_options = output, input_options or {}
         log = CommitLog(output)
         self._commits = {commit.shard.name: commit for commit in log.read(log.live)}
         fingerprint = read_fingerprint(output)
@@ -40,7 +47,7 @@ class Originals:
             return None
         try:
             return self._find(commit, key)
-        except (ShardError, OSError):
+        except (ConfigError, ShardError, OSError):
             return None
 
     def _find(self, commit: Commit, key: str) -> bytes | None:
@@ -57,4 +64,6 @@ class Originals:
         if shard.members:
             one = tuple(member for member in shard.members if safe_text(member.path) == key)[:1]
             shard = Shard(shard.name, shard.uri, shard.format, members=one)
-        return reader_of(shard.format)(Work(shard, commit.stem), self._options)
+        options = {**self._output.options_for(shard.uri), **self._input_options}
+        read = dataclasses.replace(self._options, storage_options=options)
+        return reader_of(shard.format)(Work(shard, commit.stem), read)

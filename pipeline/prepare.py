@@ -27,7 +27,7 @@ from pipeline.plan import Plan, Rules, plan_files, plan_members
 from pipeline.read_parquet import find_image_column
 from pipeline.read_webdataset import METADATA_EXTENSIONS
 from pipeline.shards import Listing, Member, list_input
-from pipeline.storage import Storage
+from pipeline.storage import Storage, split_glob
 
 
 @dataclass(frozen=True)
@@ -106,6 +106,7 @@ def prepare(
 
 def _list(config: Config, output: Storage, *, known: bool) -> Listing:
     """The input's listing. LimitError where it is empty, and its rows would all have to be removed."""
+    Storage(split_glob(config.input.uri)[0], config.input_options).check_reachable()
     try:
         return list_input(config.input, output, config.input_options)
     except EmptyInputError as error:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -12,17 +13,22 @@ from pipeline.errors import SearchError
 from pipeline.gallery import Row, gallery_page
 from pipeline.index import Vectors
 from pipeline.originals import Originals
+from pipeline.redact import scrub
 from pipeline.search import Hit, Searcher
-from pipeline.storage import Storage, open_filesystem, storage_errors
+from pipeline.storage import Storage
 
 
-def read_query(uri: str) -> bytes:
-    """The bytes of a query image: a local file, or any URL that fsspec opens."""
-    fs, path = open_filesystem(uri)
+def read_query(uri: str, output: Storage | None = None) -> bytes:
+    """The bytes of a query image: a local file, or any URL that fsspec opens.
+
+    A URL of the same service as the output is opened with the output's storage options.
+    """
+    place = Storage(uri, output.options_for(uri) if output else {})
     try:
-        return fs.cat_file(path)  # type: ignore[no-any-return]
-    except storage_errors() as error:
-        raise SearchError(f"cannot read the query image {uri}: {error}") from error
+        place.check_reachable()
+        return place.read_bytes()
+    except OSError as error:
+        raise SearchError(f"cannot read the query image {place.uri}: {error}") from error
 
 
 def read_vector(path: Path) -> Vectors:
@@ -46,13 +52,14 @@ class Answer:
     hits: list[Hit]
     image: bytes | None
     output: Storage
+    input_options: Mapping[str, Any] = field(default_factory=dict, repr=False)
 
     def to_json(self) -> dict[str, Any]:
         return {"query": self.query, "hits": [hit.to_json() for hit in self.hits]}
 
     def page(self) -> str:
         """A self-contained gallery of the query and its neighbours."""
-        originals, image, first = Originals(self.output), self.image, self.hits[0]
+        originals, image, first = Originals(self.output, self.input_options), self.image, self.hits[0]
         if image is None and first.image_id == self.query and first.shard and first.key:
             image = originals.read(first.shard, first.key)
         row = Row(self.query, image, self.hits)
@@ -61,15 +68,23 @@ class Answer:
 
 
 def find(
-    output_uri: str, *, image: str | None, image_id: str | None, vector: Path | None, k: int
+    output: Storage,
+    *,
+    image: str | None,
+    image_id: str | None,
+    vector: Path | None,
+    k: int,
+    input_options: Mapping[str, Any] | None = None,
 ) -> Answer:
-    """Answer one query: an image (file or URL), an indexed image's id, or a vector in a .npy file."""
-    output = Storage(output_uri)
-    searcher = Searcher(output)
+    """Answer one query: an image (file or URL), an indexed image's id, or a vector in a .npy file.
+
+    `input_options` are the storage options of the input, from which a page takes the originals.
+    """
+    searcher, options = Searcher(output), input_options or {}
     if image is not None:
-        data = read_query(image)
-        return Answer(image, searcher.by_image(data, k), data, output)
+        data = read_query(image, output)
+        return Answer(scrub(image), searcher.by_image(data, k), data, output, options)
     if image_id is not None:
-        return Answer(image_id, searcher.by_id(image_id, k), None, output)
+        return Answer(image_id, searcher.by_id(image_id, k), None, output, options)
     assert vector is not None
-    return Answer(str(vector), searcher.by_vector(read_vector(vector), k), None, output)
+    return Answer(str(vector), searcher.by_vector(read_vector(vector), k), None, output, options)

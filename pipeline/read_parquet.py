@@ -25,7 +25,7 @@ def read_samples(work: Work, options: ReadOptions) -> Iterator[Sample]:
     """One sample a row. Raises ShardError for a file that is not whole or lacks a column."""
     folder, name = parent_and_name(work.shard.uri)
     try:
-        with Storage(folder).open(name) as file:
+        with Storage(folder, options.storage_options).open(name) as file:
             parquet = pq.ParquetFile(file, pre_buffer=False, buffer_size=_BUFFER_BYTES)
             image_column = find_image_column(parquet.schema_arrow, name, options.image_column)
             wanted = _columns(parquet.schema_arrow, image_column, options, name)

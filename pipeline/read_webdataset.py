@@ -107,7 +107,7 @@ def read_samples(work: Work, options: ReadOptions) -> Iterator[Sample | Amendmen
     folder, name = parent_and_name(work.shard.uri)
     prefix = f"{safe_text(work.shard.name)}#"
     try:
-        with Storage(folder).open(name) as file:
+        with Storage(folder, options.storage_options).open(name) as file:
             zipped = not name.lower().endswith(".tar")
             stream = cast(BinaryIO, gzip.GzipFile(fileobj=file)) if zipped else file
             yield from _Grouper(prefix, options).group(_members(_ForwardFile(stream), options))

@@ -2,24 +2,36 @@
 
 from __future__ import annotations
 
-import html
 import json
+import logging
+import os
 import platform
-from datetime import UTC, datetime
-from importlib.metadata import version
+import socket
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
 from typing import Any
 
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+from pipeline.commits import CommitLog
 from pipeline.config import Config
-from pipeline.progress import format_duration
+from pipeline.errors import OutputError
+from pipeline.progress import describe, format_duration, iso_time, progress_values
+from pipeline.report_page import report_page
 from pipeline.storage import Storage
-from pipeline.tally import Tally
+from pipeline.tally import STAGES, Tally
+from pipeline.totals import Totals, totals_of
 
 REPORTS = "reports"
-_PACKAGES = ("cvt-pipeline", "ray", "torch", "pyarrow", "pillow", "faiss-cpu")
+TOP_LABELS = 50
+_PACKAGES = (
+    *("cvt-pipeline", "ray", "torch", "openvino", "numpy", "pyarrow", "pillow", "faiss-cpu"),
+    *("fsspec", "s3fs", "gcsfs", "adlfs"),
+)
+
+logger = logging.getLogger(__name__)
 
 
 def report_values(tally: Tally, config: Config) -> dict[str, Any]:
@@ -27,70 +39,142 @@ def report_values(tally: Tally, config: Config) -> dict[str, Any]:
     return {
         "run": tally.run,
         "output": tally.output,
-        "started_at": datetime.fromtimestamp(tally.started, UTC).isoformat(timespec="seconds"),
+        "started_at": iso_time(tally.started),
+        "ended_at": iso_time(tally.started + tally.seconds),
         "seconds": round(tally.seconds, 3),
         "startup_s": None if tally.startup_s is None else round(tally.startup_s, 3),
         "images": tally.images,
         "rejects": tally.rejects.total(),
         "rejects_by_reason": dict(tally.rejects.most_common()),
+        "images_seen": tally.images_seen,
+        "rejects_seen_by_reason": dict(tally.rejects_seen.most_common()),
+        "reject_examples": tally.examples,
         "images_per_s": round(tally.images_per_s, 3),
+        "timeline": tally.timeline.to_json(tally.seconds),
         "limiting_stage": tally.limiting_stage,
+        "is_waiting": tally.is_waiting,
+        "stages": _stages(tally),
         "stage_s": {name: round(seconds, 3) for name, seconds in tally.stage_s.items()},
         "stage_slots": tally.stage_slots,
         "shards": {
             "done_before": tally.done_before,
             "planned": tally.planned_shards,
             "committed": tally.committed_shards,
+            "removed": tally.removed_shards,
             "failed": tally.failed_shards,
+            "ignored": list(tally.ignored_shards),
         },
+        "waiting_files": tally.waiting_files,
+        "largest_shards": tally.largest.to_json(),
+        "slowest_shards": tally.slowest.to_json(),
+        "labels": _labels(tally),
         "stopped": tally.stopped or None,
         "fingerprint": tally.fingerprint,
         "config": config.model_dump(mode="json"),
-        "versions": {
-            "python": platform.python_version(),
-            **{name: version(name) for name in _PACKAGES},
-        },
+        "versions": _versions(),
+        "machine": _machine(),
     }
 
 
 def write_report(output: Storage, tally: Tally, config: Config) -> None:
     """Put the report beside the results, as JSON and as a page."""
     values = report_values(tally, config)
+    totals = _totals(output, tally)
+    values["totals"] = totals.to_json() if totals else None
     output.write_bytes(f"{REPORTS}/{tally.run}.json", json.dumps(values, indent=1).encode())
     output.write_bytes(f"{REPORTS}/{tally.run}.html", report_page(values).encode())
 
 
-def report_page(values: dict[str, Any]) -> str:
-    """A self-contained page of a report's values."""
-    shards = values["shards"]
-    facts = {
-        "images": f"{values['images']:,}",
-        "rejects": f"{values['rejects']:,}",
-        "images/s": f"{values['images_per_s']:,.1f}",
-        "seconds": f"{values['seconds']:,.1f}",
-        "shards committed": f"{shards['committed']:,} of {shards['planned']:,}",
-        "shards done before": f"{shards['done_before']:,}",
-        "limiting stage": values["limiting_stage"] or "-",
+def last_report(output: Storage) -> dict[str, Any] | None:
+    """The report of the run that ended last, or None."""
+    reports = [info.path for info in output.find(REPORTS) if info.path.endswith(".json")]
+    if not reports:
+        return None
+    try:
+        values: dict[str, Any] = json.loads(output.read_bytes(reports[-1]))
+    except ValueError as error:
+        raise OutputError(
+            f"{output.url(reports[-1])}: not a report ({error}); delete it, nothing depends on it"
+        ) from error
+    return values
+
+
+def totals_in(report: dict[str, Any] | None) -> Totals | None:
+    """The output's totals as a report has them; None where it has none."""
+    values = (report or {}).get("totals")
+    return Totals.from_json(values) if values else None
+
+
+def _totals(output: Storage, tally: Tally) -> Totals | None:
+    """The output's totals after this run: those of the report before and its own, where they add up.
+
+    They do not after shards were changed or removed, or a run was killed; then the records are read,
+    unless somebody waits for this run to stop.
+    """
+    try:
+        known = totals_in(last_report(output))
+        if tally.stopped:
+            return known + tally.written if known else None
+        return totals_of(output, CommitLog(output), (known or Totals()) + tally.written)
+    except OutputError as error:  # a damaged record or report costs the totals alone
+        logger.warning("no totals in the report: %s", error)
+        return None
+
+
+def _stages(tally: Tally) -> dict[str, dict[str, Any]]:
+    """Seconds by stage, their share of all, and how busy each stage's slots were."""
+    seconds = {"list": tally.list_s, **tally.stage_s}
+    total = sum(seconds.values()) or 1.0
+    return {
+        name: {
+            "seconds": round(seconds.get(name, 0.0), 3),
+            "share": round(seconds.get(name, 0.0) / total, 4),
+            "slots": tally.stage_slots.get(name),
+            "busy": round(tally.busy[name], 4) if name in tally.busy else None,
+        }
+        for name in STAGES
     }
-    tiles = "".join(f"<div><b>{html.escape(v)}</b>{html.escape(k)}</div>" for k, v in facts.items())
-    stopped = f"<p class=bad>stopped: {html.escape(values['stopped'])}</p>" if values["stopped"] else ""
-    sections = [
-        ("Rejects by reason", values["rejects_by_reason"]),
-        ("Failed shards", shards["failed"]),
-        ("Seconds of work by stage", values["stage_s"]),
-        ("Versions", values["versions"]),
-    ]
-    tables = "".join(f"<h2>{title}</h2>{_rows(rows)}" for title, rows in sections if rows)
-    config = html.escape(json.dumps(values["config"], indent=1))
-    return _PAGE.format(
-        run=html.escape(values["run"]),
-        output=html.escape(values["output"]),
-        tiles=tiles,
-        stopped=stopped,
-        tables=tables,
-        fingerprint=html.escape(values["fingerprint"]),
-        config=config,
-    )
+
+
+def _labels(tally: Tally) -> dict[str, Any]:
+    top = tally.labels.most_common(TOP_LABELS)
+    return {
+        "num_labels": len(tally.labels),
+        "top": dict(top),
+        "others": tally.labels.total() - sum(count for _, count in top),
+    }
+
+
+def _versions() -> dict[str, str]:
+    found = {"python": platform.python_version()}
+    for name in _PACKAGES:
+        try:
+            found[name] = version(name)
+        except PackageNotFoundError:
+            continue
+    return found
+
+
+def _machine() -> dict[str, Any]:
+    """The driver's machine, as far as it is known without asking anything that is slow."""
+    gpus = sorted(Path("/proc/driver/nvidia/gpus").glob("*/information"))
+    return {
+        "host": socket.gethostname(),
+        "platform": platform.platform(),
+        "cpu": _field(Path("/proc/cpuinfo"), "model name") or platform.processor() or platform.machine(),
+        "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
+        "gpus": [_field(path, "Model") or path.parent.name for path in gpus],
+    }
+
+
+def _field(path: Path, name: str) -> str:
+    """The value of the first `name : value` line of a file of the kernel's; empty where there is none."""
+    try:
+        lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
+    except OSError:
+        return ""
+    values = (line.partition(":")[2].strip() for line in lines if line.partition(":")[0].strip() == name)
+    return next(values, "")
 
 
 def summarize(tally: Tally, console: Console, next_step: str) -> None:
@@ -100,6 +184,8 @@ def summarize(tally: Tally, console: Console, next_step: str) -> None:
         table.add_row("shards", f"{tally.committed_shards:,} of {tally.planned_shards:,} committed")
     if tally.done_before:
         table.add_row("", f"{tally.done_before:,} were done before")
+    for count, said in _left(tally):
+        table.add_row("", f"{count:,} {said}")
     table.add_row("images", f"{tally.images:,}")
     table.add_row("rejects", f"{tally.rejects.total():,}")
     for reason, count in tally.rejects.most_common():
@@ -121,26 +207,24 @@ def summarize(tally: Tally, console: Console, next_step: str) -> None:
         console.print(f"next: cvt-pipeline {next_step} {escape(tally.output)}", highlight=False)
 
 
-def _rows(values: dict[str, Any]) -> str:
-    cells = (
-        f"<tr><td>{html.escape(str(key))}<td>{html.escape(str(value))}" for key, value in values.items()
-    )
-    return f"<table>{''.join(cells)}</table>"
+def log_summary(tally: Tally) -> None:
+    """The last words of a run as one log record, whose `values` are those of its progress."""
+    level = logging.WARNING if tally.stopped or tally.failed_shards else logging.INFO
+    values = progress_values(tally) | {
+        "output": tally.output,
+        "seconds": round(tally.seconds, 3),
+        "rejects_by_reason": dict(tally.rejects.most_common()),
+        "failed_shards": list(tally.failed_shards),
+        "stopped": tally.stopped or None,
+    }
+    logger.log(level, "run finished: %s", describe(tally), extra={"values": values})
 
 
-_PAGE = """<!doctype html>
-<html lang=en><meta charset=utf-8><meta name=viewport content="width=device-width">
-<title>Run {run}</title>
-<style>
-:root {{ color-scheme: light dark; font: 15px/1.5 system-ui, sans-serif }}
-body {{ max-width: 60rem; margin: 2rem auto; padding: 0 1rem }}
-.tiles {{ display: grid; grid-template-columns: repeat(auto-fill, minmax(9rem, 1fr)); gap: .75rem }}
-.tiles div {{ border: 1px solid #8884; border-radius: .5rem; padding: .75rem; color: #888 }}
-.tiles b {{ display: block; font-size: 1.3rem; color: CanvasText }}
-table {{ border-collapse: collapse }} td {{ padding: .15rem 1.5rem .15rem 0; vertical-align: top }}
-pre {{ background: #8881; padding: 1rem; border-radius: .5rem; overflow: auto }}
-.bad {{ color: #c33 }}
-</style>
-<h1>Run {run}</h1><p>{output}</p>{stopped}<div class=tiles>{tiles}</div>{tables}
-<h2>Fingerprint</h2><code>{fingerprint}</code><h2>Configuration</h2><pre>{config}</pre>
-"""
+def _left(tally: Tally) -> list[tuple[int, str]]:
+    """What was neither done nor failed, where there is any."""
+    counts = [
+        (tally.removed_shards, "removed, as they are gone from the input"),
+        (tally.waiting_files, "files are too young and wait for the next run"),
+        (len(tally.ignored_shards), "ignored, as input.ignore_shards says"),
+    ]
+    return [(count, said) for count, said in counts if count]

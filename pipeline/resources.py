@@ -9,7 +9,8 @@ from dataclasses import dataclass
 
 from pipeline.config import ComputeConfig
 
-_GPU_CHUNK, _CPU_CHUNK = 256, 32  # images a chunk
+_GPU_CHUNK, _CPU_CHUNK = 256, 32  # images of 224 x 224 a chunk; as many more of smaller ones, up to _MOST
+_MOST = 256
 
 
 @dataclass(frozen=True)
@@ -46,9 +47,12 @@ class Resources:
         return max(2, int(self.cpus / 2))
 
 
-def share_out(compute: ComputeConfig, *, cpus: float, gpus: float, num_nodes: int) -> Resources:
+def share_out(
+    compute: ComputeConfig, size: tuple[int, int], *, cpus: float, gpus: float, num_nodes: int
+) -> Resources:
     """The stages' shares of a cluster of so many CPU cores, GPUs and nodes.
 
+    `size` is the height and width of the network's images.
     A cluster that grows from nothing has no GPUs yet: there `compute.actor_gpus` has to be said.
     """
     cpus = max(1.0, cpus)
@@ -60,7 +64,10 @@ def share_out(compute: ComputeConfig, *, cpus: float, gpus: float, num_nodes: in
     wanted = fitting if compute.actors == "auto" else compute.actors
     least, most = (wanted, wanted) if isinstance(wanted, int) else (wanted.min, wanted.max)
     share = cpus / most
-    chunk_images = _GPU_CHUNK if on_gpu else max(_CPU_CHUNK, 8 * int(share))
+    chunk_images = _GPU_CHUNK
+    if not on_gpu:
+        smaller = 224 * 224 / (size[0] * size[1])
+        chunk_images = max(_CPU_CHUNK, 8 * int(share), min(_MOST, int(_CPU_CHUNK * smaller)))
     if compute.batch_size != "auto":
         chunk_images = compute.batch_size
     return Resources(

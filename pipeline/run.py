@@ -28,7 +28,7 @@ from ray.util.annotations import RayDeprecationWarning
 
 from pipeline.commits import DataFile
 from pipeline.config import ComputeConfig
-from pipeline.decode import decode_chunk
+from pipeline.decode import DecodeOptions, decode_chunk
 from pipeline.errors import PipelineError, WorkersDiedError
 from pipeline.parts import assemble, write_chunk
 from pipeline.prepare import Prepared
@@ -49,7 +49,7 @@ _DEATHS = (
     ray.exceptions.NodeDiedError,
     ray.exceptions.RayActorError,
     ray.exceptions.ObjectLostError,
-    ray.exceptions.RaySystemError,
+    ray.exceptions.StreamingGeneratorReplayInconsistentError,
 )
 
 logger = logging.getLogger(__name__)
@@ -85,9 +85,11 @@ class Cluster:
 
     def extraction(self, prepared: Prepared, run: str) -> Extraction:
         """The graph of a run, with shares of what the cluster has now."""
-        return Extraction(prepared, run, self._resources(prepared.config.compute))
+        size = prepared.checkpoint.processor.output_size
+        assert size is not None
+        return Extraction(prepared, run, self._resources(prepared.config.compute, size))
 
-    def _resources(self, compute: ComputeConfig) -> Resources:
+    def _resources(self, compute: ComputeConfig, size: tuple[int, int]) -> Resources:
         totals = ray.cluster_resources()
         nodes = [node for node in ray.nodes() if node["Alive"]]
         wanted = compute.actor_labels.items()
@@ -97,7 +99,7 @@ class Cluster:
                 ", ".join(f"{name}={value}" for name, value in wanted),
             )
         return share_out(
-            compute, cpus=totals.get("CPU", 0), gpus=totals.get("GPU", 0), num_nodes=len(nodes)
+            compute, size, cpus=totals.get("CPU", 0), gpus=totals.get("GPU", 0), num_nodes=len(nodes)
         )
 
     def close(self) -> None:
@@ -217,7 +219,10 @@ class Extraction:
             metadata=prepared.metadata,
             image_column=config.input.image_column,
             id_column=config.input.id_column,
+            storage_options=prepared.listing.root.options,
         )
+        limits = config.limits
+        decode = DecodeOptions(limits.max_pixels, limits.image_timeout_s, config.input.decode == "fast")
         embed = {
             "checkpoint": checkpoint.source,
             "weights_sha256": checkpoint.weights_sha256,
@@ -241,7 +246,7 @@ class Extraction:
             )
             .map_batches(
                 decode_chunk,
-                fn_args=(checkpoint.processor, config.limits.max_pixels),
+                fn_args=(checkpoint.processor, decode),
                 num_cpus=resources.decode_cpus,
                 max_retries=_RETRIES,
                 **_BATCH,
@@ -334,6 +339,8 @@ def _translated() -> Iterator[None]:
     try:
         yield
     except _DEATHS as error:
+        if getattr(error, "actor_init_failed", False):  # a bug of ours, or an installation's
+            raise
         raise WorkersDiedError(_RETRIES + 1, " ".join(str(error).split())[:200]) from error
     except ray.exceptions.RayTaskError as error:
         cause = error.cause

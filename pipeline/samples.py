@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -21,6 +22,7 @@ class ReadOptions:
     metadata: tuple[pa.Field, ...] = ()
     image_column: str | None = None
     id_column: str | None = None
+    storage_options: Mapping[str, Any] = field(default_factory=dict, repr=False, hash=False)
 
     @property
     def metadata_names(self) -> tuple[str, ...]:

@@ -18,14 +18,14 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from cvt_model.checkpoint import resolve_checkpoint
+from cvt_model.checkpoint import Checkpoint, resolve_checkpoint
+from cvt_model.decode import decode_image
 from cvt_model.errors import CheckpointError, ImageError
-from cvt_model.image_file import DEFAULT_MAX_PIXELS, open_image
-from cvt_model.image_processor import CvtImageProcessor
+from cvt_model.image_file import DEFAULT_MAX_PIXELS
 from pipeline import schema
 from pipeline.commits import EMBEDDINGS
 from pipeline.errors import FingerprintError, SearchError
-from pipeline.fingerprint import require_fingerprint
+from pipeline.fingerprint import Fingerprint, preprocessing_of, require_fingerprint
 from pipeline.index import Vectors, load_faiss, normalize, read_ids, read_record, usable
 from pipeline.storage import Storage
 
@@ -115,24 +115,25 @@ class Searcher:
 
     def embed(self, data: bytes) -> Vectors:
         """The embedding (D,) of an encoded image, as the output's own were made."""
+        checkpoint, fingerprint = self._origin
         try:
-            image = open_image(data, DEFAULT_MAX_PIXELS)
+            image = decode_image(
+                data, checkpoint.processor, DEFAULT_MAX_PIXELS, fast=fingerprint.fast_decode
+            )
         except ImageError as error:
             raise SearchError(f"the query is not a usable image: {error.message}") from error
-        processor, model = self._embedder
-        return model(processor.to_pixels(image.image_rgb)[None]).embedding[0]  # type: ignore[no-any-return]
+        return self._model(image.pixels[None]).embedding[0]  # type: ignore[no-any-return]
 
     @cached_property
-    def _embedder(self) -> tuple[CvtImageProcessor, InferenceModel]:
-        from cvt_model.inference import InferenceModel  # torch, which other searches do not need
-
+    def _origin(self) -> tuple[Checkpoint, Fingerprint]:
+        """What the output was made by, found again and unchanged."""
         fingerprint = require_fingerprint(self._output)
         try:
             checkpoint = resolve_checkpoint(fingerprint.source)
-            processor = checkpoint.processor
+            preprocessing = preprocessing_of(checkpoint.processor, fast=fingerprint.fast_decode)
         except CheckpointError as error:
             raise SearchError(f"searching by image needs the output's model: {error}") from error
-        if (checkpoint.weights_sha256, processor.to_dict()) != (
+        if (checkpoint.weights_sha256, preprocessing) != (
             fingerprint.weights_sha256,
             fingerprint.preprocessing,
         ):
@@ -140,14 +141,20 @@ class Searcher:
                 f"{fingerprint.source} has other weights or preprocessing than made {self._output.uri}; "
                 "restore the checkpoint that its fingerprint.json names"
             )
-        model = InferenceModel(
+        return checkpoint, fingerprint
+
+    @cached_property
+    def _model(self) -> InferenceModel:
+        from cvt_model.inference import InferenceModel  # torch, which other searches do not need
+
+        checkpoint, fingerprint = self._origin
+        return InferenceModel(
             checkpoint,
             precision=fingerprint.precision,
             batch_size=1,
             num_streams=1,  # one image at a time, on all cores
             embedding=fingerprint.embedding,
         )
-        return processor, model
 
     def _hits(self, ids: list[int], scores: list[float]) -> list[Hit]:
         by_shard: dict[int, list[int]] = defaultdict(list)

@@ -168,11 +168,11 @@ def _find(uri: str, options: Mapping[str, Any]) -> tuple[Storage, list[FileInfo]
         root = Storage(folder, options)
         matches = re.compile(glob_translate(pattern)).fullmatch
         return root, [file for file in root.find() if _matches(matches, file.path)]
-    if literal.fs.isfile(literal.root):
-        parent, name = parent_and_name(literal.fs.unstrip_protocol(literal.root))
-        root = Storage(parent, options)
+    if literal.is_file():
+        parent, name = parent_and_name(literal.url(""))
+        root = Storage(parent, literal.options)
         return root, [root.info(name)]
-    if not literal.fs.exists(literal.root):
+    if not literal.exists():
         raise EmptyInputError(
             f"input.uri: {uri} does not exist; check the path, the bucket and the spelling"
         )

@@ -11,7 +11,7 @@ import pytest
 
 from cvt_model.image_processor import CvtImageProcessor
 from pipeline import schema
-from pipeline.decode import decode_chunk
+from pipeline.decode import DecodeOptions, decode_chunk
 from tests.conftest import encode, make_image
 
 PROCESSOR = CvtImageProcessor(size=32, crop_pct=0.875)
@@ -33,7 +33,7 @@ def decode(images: list[bytes], max_pixels: int = 10**6) -> tuple[pa.Table, pa.T
         "rejects": schema.pack(pa.Table.from_pylist([earlier], schema.REJECTS)),
         "timings": '{"read": 1.5}',
     }
-    result = decode_chunk(schema.chunk_row(row), PROCESSOR, max_pixels)
+    result = decode_chunk(schema.chunk_row(row), PROCESSOR, DecodeOptions(max_pixels))
     assert result.schema == schema.CHUNKS
     (values,) = result.to_pylist()
     assert (values["stem"], values["chunk"], values["num_chunks"]) == ("s", 4, 5)

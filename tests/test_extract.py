@@ -560,21 +560,19 @@ def test_a_link_that_leads_to_itself_is_a_reject_and_costs_no_other_image(
 def test_a_file_that_may_not_be_read_is_a_reject_and_costs_no_other_image(
     tmp_path, write_images, monkeypatch
 ):
-    from fsspec.implementations.local import LocalFileSystem
-
     from pipeline.read_images import read_samples
     from pipeline.samples import ReadOptions
     from pipeline.shards import Member, Shard, Work
 
     names = write_images(tmp_path, 3)
-    honest = LocalFileSystem.open
+    honest = Path.open
 
     def refusing(self, path, *arguments, **options):
         if str(path).endswith("001.png"):
             raise PermissionError(13, "Permission denied", path)
         return honest(self, path, *arguments, **options)
 
-    monkeypatch.setattr(LocalFileSystem, "open", refusing)
+    monkeypatch.setattr(Path, "open", refusing)
     members = tuple(Member(name, 1, "") for name in names)
     shard = Shard("images-x", f"file://{tmp_path}", "images", members=members)
     samples = read_samples(Work(shard, "stem"), ReadOptions(chunk_images=2, max_image_bytes=10**6))

@@ -59,10 +59,15 @@ def agreement(features: FeatureArrays, truth: FeatureArrays) -> dict[str, float 
     """How far logits and embeddings are from the truth, over the images that both have."""
     count = min(len(features.embedding), len(truth.embedding))
     logits = np.abs(features.logits[:count] - truth.logits[:count])
-    a, b = features.embedding[:count].astype(np.float64), truth.embedding[:count].astype(np.float64)
-    cosines = (a * b).sum(axis=1) / (np.linalg.norm(a, axis=1) * np.linalg.norm(b, axis=1))
     return {
         "images_compared": count,
         "max_abs_logit_difference": float(logits.max()) if logits.size else None,
-        "min_cosine": float(cosines.min()),
+        "min_cosine": float(cosines(features.embedding[:count], truth.embedding[:count]).min()),
     }
+
+
+def cosines(a_BD: np.ndarray, b_BD: np.ndarray) -> np.ndarray:
+    """Of each row of the one with the same row of the other, float64 (B,)."""
+    a_BD, b_BD = a_BD.astype(np.float64), b_BD.astype(np.float64)
+    norms_B = np.linalg.norm(a_BD, axis=1) * np.linalg.norm(b_BD, axis=1)
+    return np.asarray((a_BD * b_BD).sum(axis=1) / norms_B)

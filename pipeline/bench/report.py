@@ -5,6 +5,7 @@ Enters: what `bench_model` returns. Leaves: text. Nothing is measured or compute
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 HEADINGS = (
@@ -39,12 +40,10 @@ def summary(figures: dict[str, Any]) -> list[str]:
     """Lines that a reader of the table needs: what ran where, and how it was measured."""
     machine, precisions = figures["hardware"], peaks(figures)
     size = "×".join(map(str, figures["image_size"]))
-    packages = ", ".join(f"{name} {version}" for name, version in figures["versions"].items() if version)
-    gpu = f"{machine['gpu']}; " if machine["gpu"] else ""
     lines = [
         f"{figures['checkpoint']} (weights: {figures['weights']}), {size}, {figures['images']}, "
         f"batch {figures['batch_size']}, {figures['gflop_per_image']:.2f} GFLOP an image",
-        f"{gpu}{machine['cpu']}, {machine['threads']} of {machine['cores']} cores; {packages}",
+        machine_line(figures),
         "peak of a matrix product: "
         + ", ".join(f"{peak:.0f} GFLOP/s in {precision}" for precision, peak in precisions.items()),
         "ours is handed uint8 pixels and normalises them, the rivals are handed normalised tensors; "
@@ -54,7 +53,7 @@ def summary(figures: dict[str, Any]) -> list[str]:
             f"{name} {number(figures[name], '.2f')}" for name in figures if name.startswith("ratio")
         ),
     ]
-    if not machine["bfloat16_on_cpu"] and not gpu and "bfloat16" in precisions:
+    if not machine["bfloat16_on_cpu"] and not machine["gpu"] and "bfloat16" in precisions:
         lines.append(
             "this CPU has no arithmetic in bfloat16: ours and OpenVINO compute in float32 there, "
             "torch emulates it, so these ratios say little of other machines"
@@ -66,11 +65,24 @@ def summary(figures: dict[str, Any]) -> list[str]:
     ]
     if smaller:
         lines.append(f"in smaller batches, as whole ones would take too long: {', '.join(smaller)}")
-    if (machine["load_before"] or 0) > BUSY:
-        lines.append(
-            f"other processes kept {machine['load_before']:.1f} cores busy before this began: measure again"
-        )
-    return lines + [f"not measured: {name}: {why}" for name, why in figures["unavailable"].items()]
+    return lines + warnings(figures)
+
+
+def machine_line(figures: dict[str, Any]) -> str:
+    """The machine and the packages."""
+    machine = figures["hardware"]
+    packages = ", ".join(f"{name} {version}" for name, version in figures["versions"].items() if version)
+    gpu = f"{machine['gpu']}; " if machine["gpu"] else ""
+    return f"{gpu}{machine['cpu']}, {machine['threads']} of {machine['cores']} cores; {packages}"
+
+
+def warnings(figures: dict[str, Any]) -> list[str]:
+    """What takes from the worth of the figures: a busy machine, and what was not measured."""
+    lines = [f"not measured: {name}: {why}" for name, why in figures["unavailable"].items()]
+    load = figures["hardware"]["load_before"] or 0
+    if load > BUSY:
+        lines.insert(0, f"other processes kept {load:.1f} cores busy before this began: measure again")
+    return lines
 
 
 def peaks(figures: dict[str, Any]) -> dict[str, float]:
@@ -80,9 +92,14 @@ def peaks(figures: dict[str, Any]) -> dict[str, float]:
 
 def markdown(figures: dict[str, Any]) -> str:
     """The table and what belongs to it, for a README."""
-    lines = [f"| {' | '.join(HEADINGS)} |", f"|{'---|' * len(HEADINGS)}"]
-    lines += [f"| {' | '.join(row)} |" for row in rows(figures)]
-    return "\n".join([*lines, "", *(f"- {line}" for line in summary(figures))])
+    return markdown_of(HEADINGS, rows(figures), summary(figures))
+
+
+def markdown_of(headings: Sequence[str], table: Iterable[Sequence[str]], remarks: Iterable[str]) -> str:
+    """A table, and remarks as a list below it."""
+    lines = [f"| {' | '.join(headings)} |", f"|{'---|' * len(headings)}"]
+    lines += [f"| {' | '.join(row)} |" for row in table]
+    return "\n".join([*lines, "", *(f"- {remark}" for remark in remarks)])
 
 
 def number(value: float | None, form: str) -> str:
