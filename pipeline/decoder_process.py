@@ -26,8 +26,8 @@ from typing import Any
 
 import numpy as np
 
-from cvt_model.decode import decode_image
 from cvt_model.errors import ImageError
+from cvt_model.image_decoder import decode_image
 from cvt_model.image_processor import CvtImageProcessor
 
 _PR_SET_PDEATHSIG = 1  # of linux/prctl.h

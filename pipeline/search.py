@@ -19,8 +19,8 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from cvt_model.checkpoint import Checkpoint, resolve_checkpoint
-from cvt_model.decode import decode_image
 from cvt_model.errors import CheckpointError, ImageError
+from cvt_model.image_decoder import decode_image
 from cvt_model.image_file import DEFAULT_MAX_PIXELS
 from pipeline import schema
 from pipeline.commits import EMBEDDINGS

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import time
 from typing import Any
 
 import pyarrow as pa
@@ -18,18 +19,25 @@ PROCESSOR = CvtImageProcessor(size=32, crop_pct=0.875)
 BAD = {"empty": b"", "not_an_image": b"hello, world" * 9, "truncated": encode(make_image(1))[:400]}
 
 
-def decode(images: list[bytes], max_pixels: int = 10**6) -> tuple[pa.Table, pa.Table, dict[str, Any]]:
-    samples = [
+METADATA = [pa.field("txt", pa.string()), pa.field("tags", pa.list_(pa.int8()))]
+
+
+def samples_of(images: list[bytes]) -> pa.Table:
+    rows = [
         {"image_id": f"x#{n}", "shard": "x", "key": str(n), "data": data, "txt": f"text {n}", "tags": [n]}
         for n, data in enumerate(images)
     ]
-    fields = [*schema.SAMPLES, pa.field("txt", pa.string()), pa.field("tags", pa.list_(pa.int8()))]
+    return pa.Table.from_pylist(rows, pa.schema([*schema.SAMPLES, *METADATA]))
+
+
+def decode(images: list[bytes], max_pixels: int = 10**6) -> tuple[pa.Table, pa.Table, dict[str, Any]]:
+    samples = samples_of(images)
     earlier = {"image_id": "x#r", "shard": "x", "key": "r", "reason": "unreadable", "message": "m"}
     row = {
         "stem": "s",
         "chunk": 4,
         "num_chunks": 5,
-        "rows": schema.pack(pa.Table.from_pylist(samples, pa.schema(fields))),
+        "rows": schema.pack(samples),
         "rejects": schema.pack(pa.Table.from_pylist([earlier], schema.REJECTS)),
         "timings": '{"read": 1.5}',
     }
@@ -38,7 +46,7 @@ def decode(images: list[bytes], max_pixels: int = 10**6) -> tuple[pa.Table, pa.T
     (values,) = result.to_pylist()
     assert (values["stem"], values["chunk"], values["num_chunks"]) == ("s", 4, 5)
     rows, rejects = (schema.unpack(result.column(name)[0]) for name in ("rows", "rejects"))
-    assert rows.schema == pa.schema([*schema.PIXELS, *fields[4:]])
+    assert rows.schema == pa.schema([*schema.PIXELS, *METADATA])
     assert rejects.schema == schema.REJECTS
     assert rejects.to_pylist()[0] == {**earlier, "size_bytes": None}
     return rows, rejects.slice(1), values
@@ -78,6 +86,26 @@ def test_metadata_and_pixels_stay_with_their_image_among_bad_ones(order: list[in
         assert row["message"]
 
 
+def test_samples_that_come_in_several_pieces_keep_their_order() -> None:
+    images = [encode(make_image(seed)) for seed in range(5)]
+    whole = samples_of([*images[:2], b"", *images[2:]])
+    pieces = pa.concat_tables([whole.slice(4), whole.slice(0, 1), whole.slice(1, 3)])
+    row = {
+        "rows": schema.pack(pieces),
+        "rejects": schema.pack(schema.REJECTS.empty_table()),
+        "timings": "{}",
+    }
+    result = decode_chunk(
+        schema.chunk_row({**row, "stem": "s", "chunk": 0}), PROCESSOR, DecodeOptions(10**6)
+    )
+    rows, rejects = (schema.unpack(result.column(name)[0]) for name in ("rows", "rejects"))
+    assert rows.column("key").to_pylist() == ["4", "5", "0", "1", "3"]
+    assert rejects.column("key").to_pylist() == ["2"]
+    for row, seed in zip(rows.to_pylist(), [3, 4, 0, 1, 2], strict=True):
+        assert row["pixels"] == PROCESSOR.to_pixels(make_image(seed)).tobytes()
+        assert row["txt"] == f"text {row['key']}"
+
+
 def test_a_chunk_of_bad_images_alone_and_an_empty_one_have_no_rows() -> None:
     rows, rejects, _ = decode(list(BAD.values()))
     assert (rows.num_rows, rejects.num_rows) == (0, 3)
@@ -101,3 +129,4 @@ def test_the_stages_time_is_noted_beside_the_earlier_ones() -> None:
     timings = json.loads(decode([])[2]["timings"])
     assert timings["read"] == 1.5
     assert timings["decode"] >= 0
+    assert timings["decode_started"] == pytest.approx(time.time(), abs=60)

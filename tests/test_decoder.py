@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from cvt_model.decode import decode_image
+from cvt_model.image_decoder import decode_image
 from cvt_model.image_processor import CvtImageProcessor
 from pipeline import decoder as decoder_module
 from pipeline.decoder import Decoded, DecodeOptions, Decoder, Failed, borrowed_decoder
@@ -27,6 +27,7 @@ from pipeline.decoder_child import Child, SharedMemory
 from pipeline.errors import DecoderError
 from tests.conftest import encode, make_image
 from tests.disturbed import descendants, is_alive
+from tests.running import cli, make_config, rows_of, write_config, write_tar
 
 PROCESSOR = CvtImageProcessor(size=32, crop_pct=0.875)
 MAX_PIXELS = 10**7
@@ -63,7 +64,10 @@ def scribble():
         try: os.write(fd, b"nonsense\\n")
         except OSError: pass
 def bear_and_die():
-    if os.fork() == 0: time.sleep(1000)
+    if os.fork() == 0:
+        with LOG.with_name("orphans").open("a") as log: print(os.getpid(), file=log)
+        time.sleep(1000)
+    time.sleep(0.2)
     segfault()
 def prints():
     print("garbage\\n" * 1000, flush=True)
@@ -118,6 +122,11 @@ class Plugged:
     @property
     def pids(self) -> list[int]:
         return [int(line) for line in self._log.read_text().splitlines()]
+
+    @property
+    def orphans(self) -> list[int]:
+        path = self._log.with_name("orphans")
+        return [int(line) for line in path.read_text().splitlines()] if path.exists() else []
 
     def close(self) -> None:
         for decoder in self._decoders:
@@ -191,7 +200,8 @@ def test_an_image_that_ends_its_decoder_is_told_after_three_tries_and_the_rest_i
     assert outcome.reason == "crashed"
     assert f"its decoder {CRASHES[word]}; take it out" in outcome.message
     assert len(plugged.pids) == len(set(plugged.pids)) == 3
-    assert all(is_gone(pid) for pid in plugged.pids)
+    assert all(is_gone(pid) for pid in [*plugged.pids, *plugged.orphans])
+    assert len(plugged.orphans) == (3 if word == "bear_and_die" else 0)
     assert_good(plugged.decode(*GOOD))
 
 
@@ -259,11 +269,11 @@ def test_an_image_whose_decoder_was_unlucky_is_decoded_after_all(
 def test_poison_first_last_and_in_a_row_costs_itself_alone(plugged: Plugged) -> None:
     plugged.with_options(TIMEOUT_S)
     dead, bad = poison("segfault"), b"no image"
-    results = plugged.decode(dead, dead, GOOD[0], bad, dead, poison("sleep_in_c"), GOOD[1], GOOD[2], dead)
+    results = plugged.decode(dead, poison("sleep_in_c"), GOOD[0], bad, GOOD[1], GOOD[2], dead)
     reasons = [outcome.reason if isinstance(outcome, Failed) else "" for outcome, _ in results]
-    assert reasons == ["crashed", "crashed", "", "not_an_image", "crashed", "timeout", "", "", "crashed"]
-    assert_good([results[n] for n in (2, 6, 7)])
-    assert len(plugged.pids) == 4 * 3 + 2
+    assert reasons == ["crashed", "timeout", "", "not_an_image", "", "", "crashed"]
+    assert_good([results[n] for n in (2, 4, 5)])
+    assert len(plugged.pids) == 3 + 2 + 3
 
 
 def test_one_child_decodes_chunk_after_chunk(plugged: Plugged) -> None:
@@ -457,3 +467,28 @@ def test_fast_decoding_is_that_of_the_model_room(plugged: Plugged) -> None:
     ((_, pixels),) = plugged.decode(photo)
     assert pixels == decode_image(photo, PROCESSOR, None, fast=True).pixels.tobytes()
     assert pixels != decode_image(photo, PROCESSOR, None).pixels.tobytes()
+
+
+@pytest.mark.parametrize("image_format", ["images", "webdataset"])
+def test_a_run_over_poison_ends_well_with_every_other_image(
+    plugged: Plugged, tiny_model: Path, tmp_path: Path, image_format: str
+) -> None:
+    files = [(f"{seed:02d}.png", encode(make_image(seed))) for seed in range(40)]
+    files[7:7] = [("07-dead.png", poison("segfault"))]
+    files[30:30] = [("29-hung.png", poison("sleep_in_c"))]
+    source = tmp_path / "in"
+    if image_format == "webdataset":
+        write_tar(source / "one.tar", files)
+    else:
+        source.mkdir()
+        for name, data in files:
+            (source / name).write_bytes(data)
+    config = make_config(source, tiny_model, tmp_path / "out", limits__image_timeout_s=3)
+    ended = cli("extract", write_config(tmp_path / "config.yaml", config))
+    assert ended.returncode == 0, ended.stderr
+    rows, rejects = rows_of(tmp_path / "out"), rows_of(tmp_path / "out", "rejects")
+    assert len({row["image_id"] for row in rows}) == len(rows) == 40
+    found = {row["key"].removesuffix(".png"): row["reason"] for row in rejects}
+    assert found == {"07-dead": "crashed", "29-hung": "timeout"}
+    assert len(plugged.pids) == 3 + 2
+    assert all(is_gone(pid) for pid in plugged.pids)

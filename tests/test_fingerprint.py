@@ -8,8 +8,9 @@ from pathlib import Path
 
 import pytest
 
+from cvt_model.image_processor import CvtImageProcessor
 from pipeline.errors import FingerprintError, OutputError
-from pipeline.fingerprint import FILE, Fingerprint, claim, read_fingerprint
+from pipeline.fingerprint import FILE, Fingerprint, claim, preprocessing_of, read_fingerprint
 from pipeline.storage import Storage
 
 BASE = Fingerprint(
@@ -49,6 +50,19 @@ def test_everything_that_changes_results_changes_the_digest_and_is_refused(
     with pytest.raises(FingerprintError, match=next(iter(change))):
         claim(output, other)
     assert read_fingerprint(output) == BASE
+
+
+def test_fast_decoding_is_another_fingerprint_and_exact_is_what_it_always_was(output: Storage) -> None:
+    processor = CvtImageProcessor(size=224)
+    exact, fast = (
+        dataclasses.replace(BASE, preprocessing=preprocessing_of(processor, fast=fast))
+        for fast in (False, True)
+    )
+    assert exact.preprocessing == processor.to_dict()
+    assert (exact.fast_decode, fast.fast_decode) == (False, True)
+    claim(output, exact)
+    with pytest.raises(FingerprintError, match=r'preprocessing\.decode: the output has null, now "fast"'):
+        claim(output, fast)
 
 
 def test_the_place_of_the_checkpoint_changes_nothing(output: Storage) -> None:
