@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
-from collections.abc import Iterable, Sequence
+import signal
+import sys
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -64,26 +67,26 @@ def whole(
         return
     set_up_logging(verbose=False)
     refuse_both(as_json, as_markdown)
-    from pipeline.bench.whole import WholeBench, bench_whole
+    from pipeline.bench.ground import WholeBench
+    from pipeline.bench.whole import bench_whole
     from pipeline.bench.whole_report import HEADINGS, markdown, rows, summary
 
     if "checkpoint" not in given:
         say(f"no --checkpoint: {DEFAULT_CHECKPOINT}, which is far smaller than a published CvT")
-    figures = bench_whole(
-        WholeBench(
-            checkpoint=checkpoint,
-            images=images,
-            precision=precision,
-            decode=decode,
-            num_images=num_images,
-            rounds=rounds,
-            num_threads=threads,
-            random_weights=random_weights,
-            with_rival=not no_rival,
-            folder=folder,
-        ),
-        say,
+    wanted = WholeBench(
+        checkpoint=checkpoint,
+        images=images,
+        precision=precision,
+        decode=decode,
+        num_images=num_images,
+        rounds=rounds,
+        num_threads=threads,
+        random_weights=random_weights,
+        with_rival=not no_rival,
+        folder=folder,
     )
+    with unwinding_on_sigterm():
+        figures = bench_whole(wanted, say)
     show(HEADINGS, rows(figures), summary(figures))
     print_figures(figures, markdown(figures), as_json, as_markdown)
 
@@ -137,6 +140,16 @@ def model(
     )
     show(HEADINGS, rows(figures), summary(figures))
     print_figures(figures, markdown(figures), as_json, as_markdown)
+
+
+@contextlib.contextmanager
+def unwinding_on_sigterm() -> Iterator[None]:
+    """Let SIGTERM end what is under way as an exception does: processes are ended, folders removed."""
+    before = signal.signal(signal.SIGTERM, lambda signum, frame: sys.exit(128 + signum))
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def is_given(context: typer.Context, name: str) -> bool:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import io
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import Any, cast
 
 from pipeline.errors import StorageError
 from pipeline.retry import TruncatedError, storage_errors, with_retries
@@ -130,8 +130,17 @@ def _pieces(file: Any, wanted: int) -> Iterator[bytes]:
     """What a file gives until `wanted` bytes, or its end, are there; at least one piece."""
     left = wanted
     while True:
-        piece = file.read(left)
+        piece = _read_piece(file, left)
         yield piece
         left -= len(piece)
         if not piece or wanted < 0 or left <= 0:
             return
+
+
+def _read_piece(file: Any, size: int) -> bytes:
+    try:
+        return cast(bytes, file.read(size))
+    except IndexError as error:  # s3fs looks into the message of a timeout, which has none
+        if isinstance(error.__context__, OSError):
+            raise error.__context__ from None
+        raise

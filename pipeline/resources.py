@@ -8,9 +8,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from pipeline.config import ComputeConfig
+from pipeline.samples import CHUNK_BYTES
 
 _GPU_CHUNK, _CPU_CHUNK = 256, 32  # images of 224 x 224 a chunk; as many more of smaller ones, up to _MOST
 _MOST = 256
+_LEAST_STORE = 2**28
 
 
 @dataclass(frozen=True)
@@ -28,7 +30,17 @@ class Resources:
     decode_cpus: float
     num_threads: int
     chunk_images: int
+    pixel_bytes: int  # of one image, decoded
     cpus: float
+
+    @property
+    def store_bytes(self) -> float:
+        """What may lie between the stages at once: chunks for every core and actor, and some to wait.
+
+        Without a bound Ray reads ahead until its object store is full, the more the larger the corpus.
+        """
+        chunk_bytes = CHUNK_BYTES + self.chunk_images * self.pixel_bytes
+        return max(_LEAST_STORE, (2 * self.cpus + 4 * self.max_actors) * chunk_bytes)
 
     @property
     def slots(self) -> dict[str, float]:
@@ -78,5 +90,6 @@ def share_out(
         decode_cpus=0.5 if cpus <= 2 else 0.9,
         num_threads=max(1, int(share)),
         chunk_images=chunk_images,
+        pixel_bytes=3 * size[0] * size[1],
         cpus=cpus,
     )

@@ -221,6 +221,11 @@ class Extraction:
             id_column=config.input.id_column,
             storage_options=prepared.listing.root.options,
         )
+        store_bytes = min(resources.store_bytes, ray.cluster_resources().get("object_store_memory", 0) / 2)
+        context = ray.data.DataContext.get_current()
+        context.execution_options.resource_limits = ray.data.ExecutionResources.for_limits(
+            object_store_memory=store_bytes
+        )
         limits = config.limits
         decode = DecodeOptions(limits.max_pixels, limits.image_timeout_s, config.input.decode == "fast")
         embed = {

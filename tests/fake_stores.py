@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import re
+import sys
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -44,7 +45,9 @@ class Store(ThreadingHTTPServer):
         self.objects[name] = (data, self.generation)
 
     def handle_error(self, request: Any, client_address: Any) -> None:
-        """A client that hangs up is no news."""
+        """A client that hangs up is no news; an error of this server is."""
+        if not isinstance(sys.exc_info()[1], ConnectionError):
+            super().handle_error(request, client_address)
 
 
 class _Handler(BaseHTTPRequestHandler):
@@ -102,7 +105,7 @@ class GoogleHandler(_Handler):
     def carry_out(self, path: str, query: dict[str, str], body: bytes) -> tuple[int, bytes, dict[str, str]]:
         objects, root = self.server.objects, f"/storage/v1/b/{BUCKET}"
         if path == f"/upload{root}/o":
-            header, data = body.removesuffix(b"\n--==0==--").split(b"\n\n", 3)[1::2]
+            header, data = body.removesuffix(b"\n--==0==--").split(b"\n\n", 2)[1:]
             name = json.loads(header.split(b"\n--==0==")[0])["name"]
             if query.get("ifGenerationMatch") == "0" and name in objects:
                 return 412, b'{"error": {"message": "conditionNotMet"}}', {}
@@ -157,7 +160,11 @@ class AzureHandler(_Handler):
             if self.headers.get("If-None-Match") == "*" and name in objects:
                 return 409, b"", {"x-ms-error-code": "BlobAlreadyExists"}
             source = self.headers.get("x-ms-copy-source")
-            data = objects[unquote(urlsplit(source).path).removeprefix(f"/account/{BUCKET}/")][0] if source else body
+            data = (
+                objects[unquote(urlsplit(source).path).removeprefix(f"/account/{BUCKET}/")][0]
+                if source
+                else body
+            )
             self.server.put(name, data)
             headers = self.properties(objects[name][1])
             return (202, b"", headers | {"x-ms-copy-status": "success"}) if source else (201, b"", headers)
@@ -188,7 +195,9 @@ class AzureHandler(_Handler):
                 properties = f"<Last-Modified>{formatdate(MODIFIED, usegmt=True)}</Last-Modified>"
                 properties += f"<Etag>0x{generation}</Etag><Content-Length>{len(data)}</Content-Length>"
                 properties += "<BlobType>BlockBlob</BlobType>"
-                blobs.append(f"<Blob><Name>{escape(name)}</Name><Properties>{properties}</Properties></Blob>")
+                blobs.append(
+                    f"<Blob><Name>{escape(name)}</Name><Properties>{properties}</Properties></Blob>"
+                )
         return (
             '<?xml version="1.0" encoding="utf-8"?><EnumerationResults ContainerName="bucket">'
             f"<Blobs>{''.join(blobs)}</Blobs><NextMarker /></EnumerationResults>"

@@ -1,8 +1,8 @@
 """A Ray cluster of several nodes on this machine, for tests: started in a process of its own, so that its
 environment (token, temporary folder, caches of Ray's core) meets neither the tests' own Ray nor another's.
 
-Run as a script it is that process: nodes as JSON in its argument, then a command a line on its standard
-input, an answer a line on its standard output; at the end of its input it takes the cluster down.
+Run as a script it is that process: its argument has the nodes as JSON, a line of its standard input the
+number of a node to kill, a line of its standard output an answer; at the end of its input it shuts down.
 """
 
 from __future__ import annotations
@@ -42,11 +42,9 @@ class LocalCluster:
 
     def kill(self, node: int) -> None:
         """kill -9 of all that a node consists of."""
-        self._ask({"kill": node})
-
-    def add(self, **node: Any) -> None:
-        """One more node, whose number is the next."""
-        self.raylets.append(self._ask({"add": node}))
+        assert self._process.stdin is not None
+        print(node, file=self._process.stdin, flush=True)
+        self._answer()
 
     def work_of(self, node: int) -> list[str]:
         """What the worker processes of a node are at: `MapBatches(decode_chunk)`, `MapWorker(...)`."""
@@ -55,16 +53,9 @@ class LocalCluster:
             with contextlib.suppress(OSError):
                 parent = stat.read_text().rpartition(")")[2].split()[1]
                 title = (stat.parent / "cmdline").read_bytes().partition(b"\0")[0].decode()
-                if int(parent) == self.raylets[node] and title.startswith("ray::"):
+                if int(parent) == self.raylets[node] and title.startswith("ray::Map"):
                     words.append(title.removeprefix("ray::"))
-        return [
-            word for word in words if not word.startswith(("IDLE", "RuntimeEnvAgent", "DashboardAgent"))
-        ]
-
-    def _ask(self, command: dict[str, Any]) -> Any:
-        assert self._process.stdin is not None
-        print(json.dumps(command), file=self._process.stdin, flush=True)
-        return self._answer()
+        return words
 
     def _answer(self) -> Any:
         assert self._process.stdout is not None
@@ -76,9 +67,7 @@ class LocalCluster:
 @contextlib.contextmanager
 def local_cluster(*nodes: dict[str, Any], **environ: str) -> Iterator[LocalCluster]:
     """A cluster of nodes as `Cluster.add_node` takes them, the head first; gone when the block ends."""
-    folder = tempfile.mkdtemp(
-        prefix="ray-", dir="/tmp"
-    )  # a socket's path has 107 bytes: not pytest's folder
+    folder = tempfile.mkdtemp(prefix="ray-", dir="/tmp")  # not pytest's: a socket's path has 107 bytes
     env = {name: value for name, value in os.environ.items() if name != "RAY_ADDRESS"}
     env |= {
         "RAY_AUTH_MODE": "token",
@@ -99,7 +88,7 @@ def local_cluster(*nodes: dict[str, Any], **environ: str) -> Iterator[LocalClust
         assert process.stdin is not None
         process.stdin.close()
         try:
-            assert process.wait(60) == 0
+            assert process.wait(120) == 0
         finally:
             process.kill()  # Ray's reaper ends what it leaves
             shutil.rmtree(folder, ignore_errors=True)
@@ -116,24 +105,15 @@ def main(nodes: list[dict[str, Any]]) -> None:
 
     cluster = Cluster()
     members = []
-
-    def add(node: dict[str, Any]) -> int:
-        options = {**ON_ONE_MACHINE, **node}
-        if not members:
-            options["_system_config"] = SOON_MISSED
-        members.append(cluster.add_node(**options))
-        return members[-1].all_processes["raylet"][0].process.pid
-
-    raylets = [add(node) for node in nodes]
+    for node in nodes:
+        head_alone = {} if members else {"_system_config": SOON_MISSED}
+        members.append(cluster.add_node(**{**ON_ONE_MACHINE, **head_alone, **node}))
     cluster.wait_for_nodes()
+    raylets = [member.all_processes["raylet"][0].process.pid for member in members]
     answer([cluster.address, cluster.webui_url, raylets])
     for line in sys.stdin:
-        command = json.loads(line)
-        if "add" in command:
-            answer(add(command["add"]))
-        else:
-            cluster.remove_node(members[command["kill"]], allow_graceful=False)
-            answer(None)
+        cluster.remove_node(members[int(line)], allow_graceful=False)
+        answer("killed")
     cluster.shutdown()
 
 

@@ -103,7 +103,12 @@ class S3Server:
     def options(self, key: str = KEY, secret: str = SECRET, endpoint: str | None = None) -> dict[str, Any]:
         """`storage_options` for this server."""
         region = {"region_name": "us-east-1"}
-        return {"key": key, "secret": secret, "endpoint_url": endpoint or self.endpoint, "client_kwargs": region}
+        return {
+            "key": key,
+            "secret": secret,
+            "endpoint_url": endpoint or self.endpoint,
+            "client_kwargs": region,
+        }
 
     def environment(self) -> dict[str, str]:
         """The environment variables in which s3fs looks by itself."""

@@ -2,7 +2,9 @@
 
 import json
 import re
+import signal
 import statistics
+import subprocess
 from dataclasses import replace
 
 import numpy as np
@@ -13,15 +15,16 @@ from cvt_model.checkpoint import resolve_checkpoint
 from cvt_model.image_file import open_image
 from jobs.bench import bench
 from pipeline import schema
-from pipeline.bench import corpus, whole
+from pipeline.bench import corpus, ground, whole
 from pipeline.bench.corpus import Photograph, as_jpegs, load_photographs, write_tars
 from pipeline.bench.decoding import NUM_PASSES, Decoding
+from pipeline.bench.ground import MODES, WholeBench
 from pipeline.bench.hub_pipeline import refuse_others
 from pipeline.bench.inputs import Unavailable
 from pipeline.bench.one_run import environment, run_extract
 from pipeline.bench.processes import usable_cores
 from pipeline.bench.stages import read, read_seconds, run_model, write_seconds
-from pipeline.bench.whole import MODES, WholeBench, bench_whole
+from pipeline.bench.whole import bench_whole
 from pipeline.bench.whole_figures import TAR_IMAGES, Round, ceiling, figures, images_for_a_run
 from pipeline.bench.whole_report import HEADINGS, markdown
 from pipeline.decode import DecodeOptions
@@ -30,7 +33,7 @@ from pipeline.errors import ConfigError, PipelineError
 from pipeline.samples import ReadOptions
 from pipeline.storage import Storage
 from tests.conftest import encode, make_image
-from tests.running import make_config
+from tests.running import CLI, make_config
 
 READ = ReadOptions(chunk_images=4, max_image_bytes=10**9)
 
@@ -265,7 +268,7 @@ def found(tiny_model, tmp_path_factory):
         (images / f"{number}.jpg").write_bytes(photo.data)
     words = ["--checkpoint", tiny_model, "--images", images, "--folder", folder, "--num-images", 64]
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(whole, "RIVAL_S", 0.0)
+        patch.setattr(ground, "RIVAL_S", 0.0)
         done = CliRunner().invoke(bench, [*map(str, words), "--json"], catch_exceptions=False)
     assert done.exit_code == 0, done.stderr
     assert list(folder.iterdir()) == [], "nothing is left behind"
@@ -323,3 +326,17 @@ def test_one_core_is_enough_and_the_rival_can_be_left_out(tiny_model, tmp_path):
     assert found["unavailable"] == {"pipeline_images_per_s": "it was not asked for"}
     assert usable_cores() == before
     json.dumps(found)
+
+
+@pytest.mark.slow
+def test_a_benchmark_that_is_stopped_leaves_nothing(tmp_path):
+    words = [CLI, "bench", "--folder", tmp_path, "--no-rival"]
+    process = subprocess.Popen([*map(str, words)], stderr=subprocess.PIPE, text=True)
+    assert process.stderr is not None
+    said = next(line for line in process.stderr if "the model alone" in line)
+    assert said
+    assert list(tmp_path.iterdir()), "its corpus is there by now"
+    process.send_signal(signal.SIGTERM)
+    process.stderr.read()
+    assert process.wait(timeout=120) == 128 + signal.SIGTERM
+    assert list(tmp_path.iterdir()) == []

@@ -205,11 +205,21 @@ def test_an_image_that_ends_its_decoder_is_told_after_three_tries_and_the_rest_i
     assert_good(plugged.decode(*GOOD))
 
 
-@pytest.mark.parametrize("word", ["sleep_in_c", "sleep_in_python", "sleep_with_a_handler", "sleep_deaf"])
+@pytest.mark.parametrize(
+    ("word", "ended_by"),
+    [
+        ("sleep_in_c", "timer"),
+        ("sleep_in_python", "timer"),
+        ("sleep_with_a_handler", "parent"),
+        ("sleep_deaf", "parent"),
+    ],
+)
 def test_an_image_that_hangs_its_decoder_is_told_after_two_tries_and_the_rest_is_kept(
-    plugged: Plugged, word: str
+    plugged: Plugged, word: str, ended_by: str
 ) -> None:
     plugged.with_options(TIMEOUT_S)
+    assert plugged.decoder._patience_s > TIMEOUT_S
+    plugged.decoder._patience_s = TIMEOUT_S + 1 if ended_by == "parent" else 600
     started = time.monotonic()
     results = plugged.decode(GOOD[0], poison(word), GOOD[1], GOOD[2])
     seconds = time.monotonic() - started
@@ -264,6 +274,22 @@ def test_an_image_whose_decoder_was_unlucky_is_decoded_after_all(
     assert_good(results[:3])
     assert results[3][0][:3] == (40, 30, "POISON")
     assert len(set(plugged.pids)) == tries
+
+
+def test_after_a_crash_an_image_is_alone_until_it_is_done(
+    plugged: Plugged, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    requests = []
+    send = Child.send
+
+    def spy(self: Child, message: dict[str, Any]) -> None:
+        requests.append(len(message.get("images", [])))
+        send(self, message)
+
+    monkeypatch.setattr(Child, "send", spy)
+    results = plugged.decode(GOOD[0], poison("dies_twice"), GOOD[1], GOOD[2])
+    assert_good([results[0], *results[2:]])
+    assert [count for count in requests if count] == [4, 1, 1, 2]
 
 
 def test_poison_first_last_and_in_a_row_costs_itself_alone(plugged: Plugged) -> None:
@@ -469,26 +495,19 @@ def test_fast_decoding_is_that_of_the_model_room(plugged: Plugged) -> None:
     assert pixels != decode_image(photo, PROCESSOR, None).pixels.tobytes()
 
 
-@pytest.mark.parametrize("image_format", ["images", "webdataset"])
 def test_a_run_over_poison_ends_well_with_every_other_image(
-    plugged: Plugged, tiny_model: Path, tmp_path: Path, image_format: str
+    plugged: Plugged, tiny_model: Path, tmp_path: Path
 ) -> None:
     files = [(f"{seed:02d}.png", encode(make_image(seed))) for seed in range(40)]
     files[7:7] = [("07-dead.png", poison("segfault"))]
     files[30:30] = [("29-hung.png", poison("sleep_in_c"))]
-    source = tmp_path / "in"
-    if image_format == "webdataset":
-        write_tar(source / "one.tar", files)
-    else:
-        source.mkdir()
-        for name, data in files:
-            (source / name).write_bytes(data)
+    source = write_tar(tmp_path / "in" / "one.tar", files).parent
     config = make_config(source, tiny_model, tmp_path / "out", limits__image_timeout_s=3)
     ended = cli("extract", write_config(tmp_path / "config.yaml", config))
     assert ended.returncode == 0, ended.stderr
     rows, rejects = rows_of(tmp_path / "out"), rows_of(tmp_path / "out", "rejects")
     assert len({row["image_id"] for row in rows}) == len(rows) == 40
-    found = {row["key"].removesuffix(".png"): row["reason"] for row in rejects}
+    found = {row["key"]: row["reason"] for row in rejects}
     assert found == {"07-dead": "crashed", "29-hung": "timeout"}
     assert len(plugged.pids) == 3 + 2
     assert all(is_gone(pid) for pid in plugged.pids)

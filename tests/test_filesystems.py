@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import importlib.util
 import io
 import logging
 import time
@@ -35,7 +36,8 @@ KINDS = {"google": (GoogleHandler, google, "gcsfs"), "azure": (AzureHandler, azu
 @pytest.fixture(params=KINDS)
 def remote(request: pytest.FixtureRequest) -> Iterator[tuple[Storage, Store]]:
     handler, open_storage, package = KINDS[request.param]
-    pytest.importorskip(package)
+    if importlib.util.find_spec(package) is None:  # not imported: storage.py says how gcsfs begins
+        pytest.skip(f"{package} is not installed")
     with serving(handler) as store:
         yield open_storage(store), store
 
@@ -98,7 +100,6 @@ def test_only_the_first_creation_succeeds(remote: tuple[Storage, Store]) -> None
 def test_throttling_and_failing_servers_are_waited_for(remote: tuple[Storage, Store], status: int) -> None:
     storage, store = remote
     if storage.uri.startswith("az://"):
-        storage.fs.service_client._pipeline._impl_policies  # noqa: B018 - it exists: see below
         patch_azure_pauses(storage)
     storage.write_bytes("x", b"data")
     store.trouble = [status]
