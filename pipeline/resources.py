@@ -87,7 +87,7 @@ def share_out(
         max_actors=most,
         actor_gpus=min(1.0, gpus / most) if asked == "auto" else asked,
         actor_cpus=round(min(1.0, 0.3 * share) if on_gpu else 0.4 * share, 2),
-        decode_cpus=0.5 if cpus <= 2 else 0.9,
+        decode_cpus=0.4 if cpus < 2 else 0.5 if cpus <= 2 else 0.9,
         num_threads=max(1, int(share)),
         chunk_images=chunk_images,
         pixel_bytes=3 * size[0] * size[1],
