@@ -52,9 +52,9 @@ class WorkersDiedError(PipelineError):
 
     def __init__(self, times: int, reason: str) -> None:
         super().__init__(
-            f"workers died {times} times over the same work ({reason}); look for the out-of-memory killer in "
-            "the system's log, give the machine more memory or the run fewer actors, and run again: what is "
-            "committed stays"
+            f"workers died {times} times over the same work ({reason}); look for the out-of-memory killer "
+            "in the system's log, give the machine more memory or the run fewer actors, and run again: "
+            "what is committed stays"
         )
         self.short = f"workers died {times} times over it ({reason})"
 

@@ -127,7 +127,8 @@ def refuse_difference(output: Storage, existing: Fingerprint, wanted: Fingerprin
         lines = "\n".join(f"  {line}" for line in existing.differences(wanted))
         raise FingerprintError(
             f"output.uri: {output.uri} holds results made otherwise:\n{lines}\n"
-            "results of two kinds are never mixed: write beside it with --into NEW, or go back to its settings"
+            "results of two kinds are never mixed: write beside it with --into NEW, or go back to its "
+            "settings"
         )
 
 

@@ -99,8 +99,8 @@ class Lease:
 
     def _taken_over(self) -> BusyError:
         return BusyError(
-            f"{self._output.uri}: the lease of this run expired or was taken over, since it was not renewed "
-            f"for {self._lease_s:.0f} s; this run stops, what it committed stays"
+            f"{self._output.uri}: the lease of this run expired or was taken over, since it was not "
+            f"renewed for {self._lease_s:.0f} s; this run stops, what it committed stays"
         )
 
     def release(self) -> None:

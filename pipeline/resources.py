@@ -5,7 +5,9 @@ Enters: what the config asks for and what the cluster has. Leaves: the shares of
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 from pipeline.config import ComputeConfig
 from pipeline.samples import CHUNK_BYTES
@@ -15,19 +17,18 @@ _MOST = 256
 _LEAST_STORE = 2**28
 
 
+# Of a core, as Ray counts them: unequal, so that Ray does not fuse two stages, and small enough that an
+# actor, a decoder, a reader and a writer have room on one core. Their number is bounded otherwise.
+READ_CPUS, DECODE_CPUS, ACTOR_CPUS, WRITE_CPUS = 0.1, 0.4, 0.15, 0.05
+
+
 @dataclass(frozen=True)
 class Resources:
-    """Each stage's share.
-
-    Shares differ from stage to stage, so that Ray does not fuse them, and leave each room beside the
-    others on one core: two stages that ask for whole cores would starve each other.
-    """
+    """Each stage's share; `cpus` are those of the whole cluster, `num_threads` those of an actor."""
 
     min_actors: int
     max_actors: int
     actor_gpus: float
-    actor_cpus: float
-    decode_cpus: float
     num_threads: int
     chunk_images: int
     pixel_bytes: int  # of one image, decoded
@@ -45,9 +46,18 @@ class Resources:
     @property
     def slots(self) -> dict[str, float]:
         """How many tasks of each stage can be at work at once."""
-        decode = max(1.0, (self.cpus - self.max_actors * self.actor_cpus) / self.decode_cpus)
-        slots = {"read": self.readers, "decode": decode, "model": self.max_actors, "write": self.writers}
+        slots = {
+            "read": self.readers,
+            "decode": self.decoders,
+            "model": self.max_actors,
+            "write": self.writers,
+        }
         return {stage: min(count, self.cpus) for stage, count in slots.items()}
+
+    @property
+    def decoders(self) -> int:
+        """As many as there are cores: where the model needs them too, decoding waits for it in the end."""
+        return max(1, int(self.cpus))
 
     @property
     def readers(self) -> int:
@@ -59,23 +69,35 @@ class Resources:
         return max(2, int(self.cpus / 2))
 
 
-def share_out(
-    compute: ComputeConfig, size: tuple[int, int], *, cpus: float, gpus: float, num_nodes: int
-) -> Resources:
-    """The stages' shares of a cluster of so many CPU cores, GPUs and nodes.
+class Node(NamedTuple):
+    """A machine of the cluster: CPU cores, GPUs, labels."""
 
-    `size` is the height and width of the network's images.
-    A cluster that grows from nothing has no GPUs yet: there `compute.actor_gpus` has to be said.
+    cpus: float
+    gpus: float = 0
+    labels: Mapping[str, str] = {}
+
+    def takes(self, compute: ComputeConfig) -> bool:
+        """Whether a model may run here: labels, cores and, where they are asked for, GPUs."""
+        asked = 0 if compute.actor_gpus == "auto" else compute.actor_gpus
+        labelled = compute.actor_labels.items() <= self.labels.items()
+        return labelled and self.cpus > 0 and self.gpus >= min(1, asked)
+
+
+def share_out(compute: ComputeConfig, size: tuple[int, int], nodes: Sequence[Node]) -> Resources:
+    """The stages' shares of a cluster.
+
+    `size` is the height and width of the network's images. A cluster that grows from nothing has no GPUs
+    yet: there `compute.actor_gpus` has to be said.
     """
-    cpus = max(1.0, cpus)
-    asked = compute.actor_gpus
+    homes = [node for node in nodes if node.takes(compute)] or [Node(1)]
+    asked, gpus = compute.actor_gpus, sum(node.gpus for node in homes)
     on_gpu = bool(gpus) if asked == "auto" else asked > 0
-    fitting = max(1, num_nodes, int(cpus // 8))
+    fitting = sum(max(1, int(node.cpus // 8)) for node in homes)
     if on_gpu:
         fitting = max(1, int(gpus if asked == "auto" else gpus / asked))
     wanted = fitting if compute.actors == "auto" else compute.actors
     least, most = (wanted, wanted) if isinstance(wanted, int) else (wanted.min, wanted.max)
-    share = cpus / most
+    share = min(sum(node.cpus for node in homes) / most, max(node.cpus for node in homes))
     chunk_images = _GPU_CHUNK
     if not on_gpu:
         smaller = 224 * 224 / (size[0] * size[1])
@@ -86,10 +108,8 @@ def share_out(
         min_actors=least,
         max_actors=most,
         actor_gpus=min(1.0, gpus / most) if asked == "auto" else asked,
-        actor_cpus=round(min(1.0, 0.3 * share) if on_gpu else 0.4 * share, 2),
-        decode_cpus=0.4 if cpus < 2 else 0.5 if cpus <= 2 else 0.9,
         num_threads=max(1, int(share)),
         chunk_images=chunk_images,
         pixel_bytes=3 * size[0] * size[1],
-        cpus=cpus,
+        cpus=max(1.0, sum(node.cpus for node in nodes)),
     )

@@ -33,7 +33,15 @@ from pipeline.errors import PipelineError, WorkersDiedError
 from pipeline.parts import assemble, write_chunk
 from pipeline.prepare import Prepared
 from pipeline.readers import read_shard
-from pipeline.resources import Resources, share_out
+from pipeline.resources import (
+    ACTOR_CPUS,
+    DECODE_CPUS,
+    READ_CPUS,
+    WRITE_CPUS,
+    Node,
+    Resources,
+    share_out,
+)
 from pipeline.samples import ReadOptions
 from pipeline.shards import Work
 from pipeline.storage import storage_failures
@@ -90,17 +98,19 @@ class Cluster:
         return Extraction(prepared, run, self._resources(prepared.config.compute, size))
 
     def _resources(self, compute: ComputeConfig, size: tuple[int, int]) -> Resources:
-        totals = ray.cluster_resources()
-        nodes = [node for node in ray.nodes() if node["Alive"]]
-        wanted = compute.actor_labels.items()
-        if not any(wanted <= node["Labels"].items() for node in nodes):
+        nodes = [
+            Node(node["Resources"].get("CPU", 0), node["Resources"].get("GPU", 0), node["Labels"])
+            for node in ray.nodes()
+            if node["Alive"]
+        ]
+        if not any(node.takes(compute) for node in nodes):
             logger.warning(
-                "compute.actor_labels: no node of the cluster has %s; waiting for one",
-                ", ".join(f"{name}={value}" for name, value in wanted),
+                "no node of the cluster has a core and what compute.actor_gpus (%s) and "
+                "compute.actor_labels (%s) ask for; waiting for one",
+                compute.actor_gpus,
+                ", ".join(f"{name}={value}" for name, value in compute.actor_labels.items()) or "none",
             )
-        return share_out(
-            compute, size, cpus=totals.get("CPU", 0), gpus=totals.get("GPU", 0), num_nodes=len(nodes)
-        )
+        return share_out(compute, size, nodes)
 
     def close(self) -> None:
         if self._ours:
@@ -245,14 +255,15 @@ class Extraction:
                 _read,
                 fn_args=(read,),
                 compute=TaskPoolStrategy(size=resources.readers),
-                num_cpus=0.1,
+                num_cpus=READ_CPUS,
                 max_retries=_RETRIES,
                 **_BATCH,
             )
             .map_batches(
                 decode_chunk,
                 fn_args=(checkpoint.processor, decode),
-                num_cpus=resources.decode_cpus,
+                compute=TaskPoolStrategy(size=resources.decoders),
+                num_cpus=DECODE_CPUS,
                 max_retries=_RETRIES,
                 **_BATCH,
             )
@@ -267,7 +278,7 @@ class Extraction:
                     max_tasks_in_flight_per_actor=4,
                     enable_true_multi_threading=True,
                 ),
-                num_cpus=resources.actor_cpus,
+                num_cpus=ACTOR_CPUS,
                 num_gpus=resources.actor_gpus,
                 label_selector=config.compute.actor_labels or None,
                 max_task_retries=_RETRIES,
@@ -277,7 +288,7 @@ class Extraction:
                 write_chunk,
                 fn_args=(prepared.output, self._run),
                 compute=TaskPoolStrategy(size=resources.writers),
-                num_cpus=0.05,
+                num_cpus=WRITE_CPUS,
                 max_retries=_RETRIES,
                 **_BATCH,
             )

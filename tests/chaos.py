@@ -5,7 +5,10 @@ the short one. Victims: the driver, an actor, a worker, a decoder's process, the
 """
 
 import argparse
+import contextlib
+import os
 import random
+import signal
 import sys
 import tempfile
 import time
@@ -59,20 +62,11 @@ def kill_one(process, kind, rng, timeout_s=30):
         if found:
             pid, started = rng.choice(found)
             if is_alive(pid, started):
-                kill_pid(pid)
-                return True
+                with contextlib.suppress(ProcessLookupError):
+                    os.kill(pid, signal.SIGKILL)
+                    return True
         time.sleep(0.02)
     return False
-
-
-def kill_pid(pid):
-    import os
-    import signal
-
-    try:
-        os.kill(pid, signal.SIGKILL)
-    except ProcessLookupError:
-        pass
 
 
 def finish(config, out, undisturbed, told):

@@ -68,7 +68,9 @@ class FlakyProxy:
                 client.sendall(_THROTTLED)
                 return
             with socket.create_connection(("127.0.0.1", self._upstream)) as server:
-                lines = [line for line in head.split(b"\r\n") if not line.lower().startswith(b"connection:")]
+                lines = [
+                    line for line in head.split(b"\r\n") if not line.lower().startswith(b"connection:")
+                ]
                 lines.insert(1, b"Connection: close")
                 server.sendall(b"\r\n".join(lines))
                 upload = threading.Thread(target=_copy, args=(client, server), daemon=True)

@@ -276,20 +276,25 @@ def test_an_image_whose_decoder_was_unlucky_is_decoded_after_all(
     assert len(set(plugged.pids)) == tries
 
 
-def test_after_a_crash_an_image_is_alone_until_it_is_done(
-    plugged: Plugged, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    requests = []
+@pytest.fixture
+def requests(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """How many images each request to a child had."""
+    counts: list[int] = []
     send = Child.send
 
     def spy(self: Child, message: dict[str, Any]) -> None:
-        requests.append(len(message.get("images", [])))
+        if "images" in message:
+            counts.append(len(message["images"]))
         send(self, message)
 
     monkeypatch.setattr(Child, "send", spy)
+    return counts
+
+
+def test_after_a_crash_an_image_is_alone_until_it_is_done(plugged: Plugged, requests: list[int]) -> None:
     results = plugged.decode(GOOD[0], poison("dies_twice"), GOOD[1], GOOD[2])
     assert_good([results[0], *results[2:]])
-    assert [count for count in requests if count] == [4, 1, 1, 2]
+    assert requests == [4, 1, 1, 2]
 
 
 def test_poison_first_last_and_in_a_row_costs_itself_alone(plugged: Plugged) -> None:
@@ -309,12 +314,16 @@ def test_one_child_decodes_chunk_after_chunk(plugged: Plugged) -> None:
     assert pid_of(plugged.decoder) == pid
 
 
-def test_a_child_killed_between_chunks_is_replaced_and_no_image_is_blamed(plugged: Plugged) -> None:
+def test_a_child_killed_between_chunks_is_replaced_and_no_image_is_blamed(
+    plugged: Plugged, requests: list[int]
+) -> None:
     for _ in range(4):
         assert_good(plugged.decode(*GOOD))
-        killed = pid_of(plugged.decoder)
-        os.kill(killed, signal.SIGKILL)
+        os.kill(pid_of(plugged.decoder), signal.SIGKILL)
+        time.sleep(0.1)
+    killed = pid_of(plugged.decoder)
     assert_good(plugged.decode(*GOOD))
+    assert requests == [3] * 5
     assert is_gone(killed)
 
 

@@ -13,7 +13,6 @@ from pipeline.file_info import walk_local
 from pipeline.storage import (
     STAGING,
     Storage,
-
     open_filesystem,
     parent_and_name,
     split_glob,

@@ -30,7 +30,7 @@ from pipeline.config import Config
 from pipeline.decode import DecodeOptions
 from pipeline.embed import EmbedOptions
 from pipeline.prepare import find_checkpoint
-from pipeline.resources import share_out
+from pipeline.resources import Node, share_out
 from pipeline.samples import ReadOptions
 
 MODES = ("exact", "fast")
@@ -75,7 +75,7 @@ class Ground:
         self.num_gpus = torch.cuda.device_count()
         size = self.checkpoint.processor.output_size
         assert size is not None, "find_checkpoint refuses such a processor"
-        resources = share_out(self.config.compute, size, cpus=len(cores), gpus=self.num_gpus, num_nodes=1)
+        resources = share_out(self.config.compute, size, [Node(len(cores), self.num_gpus)])
         self.read_options = ReadOptions(resources.chunk_images, self.config.limits.max_image_bytes)
         self.env = environment(len(cores))
         self.sample = write_tars(folder / "sample", photographs, len(photographs))
