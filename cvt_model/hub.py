@@ -7,15 +7,6 @@ cached (HF_HOME and HF_HUB_OFFLINE are honoured). It must not know what the file
 import re
 from pathlib import Path
 
-from huggingface_hub import constants, snapshot_download
-from huggingface_hub.errors import (
-    GatedRepoError,
-    HfHubHTTPError,
-    LocalEntryNotFoundError,
-    RepositoryNotFoundError,
-    RevisionNotFoundError,
-)
-
 from cvt_model.errors import CheckpointError
 from cvt_model.presets import HUB_IDS
 
@@ -62,6 +53,16 @@ def fetch(source: str) -> Path:
 
 
 def download(repo_id: str, revision: str | None, patterns: tuple[str, ...]) -> Path:
+    # Imported here: it takes as long as all else that an actor imports beside torch.
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import (
+        GatedRepoError,
+        HfHubHTTPError,
+        LocalEntryNotFoundError,
+        RepositoryNotFoundError,
+        RevisionNotFoundError,
+    )
+
     name = f"{repo_id}@{revision}" if revision else repo_id
     try:
         return Path(snapshot_download(repo_id, revision=revision, allow_patterns=list(patterns)))
@@ -89,6 +90,8 @@ def download(repo_id: str, revision: str | None, patterns: tuple[str, ...]) -> P
 
 
 def not_cached_message() -> str:
+    from huggingface_hub import constants
+
     if constants.HF_HUB_OFFLINE:
         return (
             "no such local directory or built-in model, and not in the Hub cache "

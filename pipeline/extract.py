@@ -7,6 +7,7 @@ kill at any moment costs the shards in progress, never a committed one. Knows Ra
 from __future__ import annotations
 
 import logging
+import threading
 import time
 from collections.abc import Callable
 from typing import TYPE_CHECKING
@@ -27,7 +28,8 @@ from pipeline.storage import STAGING, Storage, unique_name
 from pipeline.tally import Tally
 
 if TYPE_CHECKING:
-    from pipeline.run import Cluster, Extraction
+    from pipeline.cluster import Cluster
+    from pipeline.run import Extraction
 
 LIMIT_FROM_SAMPLES = 1000
 TELL_EVERY_S = 5.0  # `status` reads what is told
@@ -64,7 +66,6 @@ def extract(
     claim(output, prepared.fingerprint)
     tally = Tally(unique_name(), config.output.uri, prepared.fingerprint.digest, started=started)
     tally.lease_s = config.run.lease_s
-    tally.lease_s = config.run.lease_s
     lease = acquire(output, tally.run, config.run.lease_s)
     try:
         lease.keep()
@@ -76,7 +77,7 @@ def extract(
         stop.check()
         if plan.work:
             cluster = cluster or _connect(stop, verbose)
-            extraction = cluster.extraction(prepared, tally.run)
+            extraction = _graph(prepared, cluster, tally.run, verbose)
             tally.stage_slots = extraction.resources.slots
             _Run(prepared, extraction, lease, tally, stop, on_progress).carry_out(plan)
         lease.check()
@@ -99,11 +100,26 @@ def extract(
 
 
 def _connect(stop: Stop, verbose: bool) -> Cluster:
-    from pipeline.run import Cluster  # Ray takes a second to import, and many runs have nothing to do
+    # Imported where there is work: many runs have none, and Ray and its Data take a second each.
+    from pipeline.cluster import Cluster
 
+    threading.Thread(target=_import_graph, name="import").start()
     cluster = Cluster(verbose=verbose)
     stop.install()
     return cluster
+
+
+def _import_graph() -> type[Extraction]:
+    from pipeline.run import Extraction
+
+    return Extraction
+
+
+def _graph(prepared: Prepared, cluster: Cluster, run: str, verbose: bool) -> Extraction:
+    size = prepared.checkpoint.processor.output_size
+    assert size is not None, "the checkpoint was looked at for it"
+    resources = cluster.resources(prepared.config.compute, size)
+    return _import_graph()(prepared, run, resources, verbose=verbose)
 
 
 def _tidy(output: Storage, plan: Plan, log: CommitLog, lease: Lease) -> None:

@@ -8,6 +8,7 @@ tried again as a whole, until 75 s have passed since it first failed.
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import logging
 import os
@@ -17,12 +18,14 @@ from typing import Any
 from urllib.parse import urlsplit
 
 import fsspec
+import fsspec.asyn
 
 from pipeline.errors import ConfigError
 from pipeline.redact import URI_CREDENTIALS, scrub, split_credentials
 
 CONNECT_S, READ_S = 10, 30
 REQUEST_ATTEMPTS = 3
+UPLOAD_S, UPLOAD_BYTES_PER_S = 60, 100_000
 _EXTRAS = {"s3": "s3", "s3a": "s3", "gs": "gcs", "gcs": "gcs", "az": "azure", "abfs": "azure"}
 _EXTRAS |= {"abfss": "azure"}
 _FAMILIES = {"s3a": "s3", "gcs": "gs", "abfs": "az", "abfss": "az", "https": "http"}
@@ -63,6 +66,23 @@ def refusals(uri: str, options: Mapping[str, Any]) -> Iterator[None]:
         reason = error.args[0] if isinstance(error, KeyError) and error.args else error
         told = scrub(str(reason), options)
         raise ConfigError(f"{uri}: {told}; check the URI and its storage_options") from error
+
+
+def upload(fs: Any, method: str, size_bytes: int, *arguments: Any, **options: Any) -> None:
+    """Call a method that sends so many bytes; TimeoutError where a silent server takes them too slowly.
+
+    The clients bound the wait for an answer, and not for a server that stops reading.
+    """
+    timeout_s = UPLOAD_S + size_bytes / UPLOAD_BYTES_PER_S
+    sending = getattr(fs, f"_{method}", None)
+    if sending is None:  # a client that knows no asyncio, and has bounds of its own
+        getattr(fs, method)(*arguments, **options)
+        return
+
+    async def send() -> None:
+        await asyncio.wait_for(sending(*arguments, **options), timeout_s)
+
+    fsspec.asyn.sync(fs.loop, send)
 
 
 def same_service(one: str, other: str) -> bool:
@@ -107,8 +127,8 @@ def _with_bounds(protocol: str, options: dict[str, Any]) -> dict[str, Any]:
     if family == "s3":
         retries = {"mode": "standard", "total_max_attempts": REQUEST_ATTEMPTS}
         timeouts = {"connect_timeout": CONNECT_S, "read_timeout": READ_S}
-        bounds["config_kwargs"] = {"retries": retries, **timeouts, **(options.get("config_kwargs") or {})}
-        return {**bounds, **options, "config_kwargs": bounds["config_kwargs"]}
+        config = {"retries": retries, "max_pool_connections": 32, **timeouts}
+        return {**bounds, **options, "config_kwargs": {**config, **(options.get("config_kwargs") or {})}}
     if family == "gs":
         # gcsfs would ask a second service what kind of bucket it is, and log tracebacks of its retries
         os.environ.setdefault("GCSFS_EXPERIMENTAL_ZB_HNS_SUPPORT", "false")

@@ -127,7 +127,7 @@ class Ledger:
             shard = self._complete.pop(stem)
             work, num_rejects = shard.work, shard.rejects.total()
             name = safe_text(work.shard.name)
-            size = work.shard.size_bytes
+            size = work.size_bytes
             self._tally.note_commit(
                 name, shard.num_rows, shard.rejects, size, stem=stem, written_bytes=written
             )

@@ -87,7 +87,7 @@ class Plan:
 
     @property
     def size_bytes(self) -> int:
-        return sum(work.shard.size_bytes for work in self.work)
+        return sum(work.size_bytes for work in self.work)
 
 
 def plan_files(listing: Listing, log: CommitLog, fingerprint: str, rules: Rules) -> Plan:

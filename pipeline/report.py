@@ -202,7 +202,8 @@ def summarize(tally: Tally, console: Console, next_step: str) -> None:
     if tally.stopped:
         console.print(f"[red]stopped:[/] {escape(tally.stopped)}", highlight=False)
     elif not tally.planned_shards:
-        console.print("nothing to do: every shard of the input is committed")
+        other = "other " if tally.waiting_files or tally.ignored_shards else ""
+        console.print(f"nothing to do: every {other}shard of the input is committed")
     else:
         console.print(f"next: cvt-pipeline {next_step} {escape(tally.output)}", highlight=False)
 

@@ -88,6 +88,12 @@ class Work:
     metadata: str = ""
 
     @property
+    def size_bytes(self) -> int:
+        """Bytes to read; the rows of carried members are copied."""
+        read = (member.size for member in self.shard.members if member.path not in self.carried)
+        return self.shard.size or sum(read)
+
+    @property
     def size_of_json(self) -> int:
         """About how many bytes `to_json` gives."""
         return 500 + len(self.metadata) + sum(len(member.path) + 120 for member in self.shard.members)

@@ -2,39 +2,35 @@
 
 A `Storage` is a folder, local or on any fsspec file system, with the few operations that the pipeline
 needs: list, read, replace a file whole, create a file only if it does not exist. It pickles as its URI and
-options. Elsewhere than on this machine, what fails for the moment is tried again (pipeline/retry.py); what
-remains becomes a StorageError that names the place, the endpoint and the remedy.
+options. pipeline/local_folder.py does them on this machine, pipeline/remote_folder.py elsewhere; what fails
+becomes a StorageError that names the place, the endpoint and the remedy.
 """
 
 from __future__ import annotations
 
 import contextlib
-import functools
 import hashlib
-import os
-import tempfile
 import uuid
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from functools import cached_property
 from pathlib import Path, PurePosixPath
-from typing import Any, BinaryIO, TypeVar, cast
+from typing import Any, BinaryIO, cast
 
 from pipeline.errors import OutputError, StorageError
 from pipeline.file_info import FileInfo as FileInfo
-from pipeline.file_info import local_info, remote_info, version_of, walk_local
 from pipeline.filesystems import endpoint_of, refusals, same_service
 from pipeline.filesystems import open_filesystem as open_filesystem
-from pipeline.redact import URI_CREDENTIALS, join_query, scrub, split_credentials
-from pipeline.remote_file import BLOCK_BYTES, RemoteFile
-from pipeline.retry import TruncatedError, check_reachable, status_of, with_retries
+from pipeline.local_folder import LocalFolder
+from pipeline.redact import URI_CREDENTIALS, scrub, split_credentials
+from pipeline.remote_folder import RemoteFolder
+from pipeline.retry import check_reachable
 from pipeline.retry import storage_errors as storage_errors
 
 STAGING = "_staging"
 _MAGIC = "*?["
-F = TypeVar("F", bound=Callable[..., Any])
-T = TypeVar("T")
 
 
 @contextlib.contextmanager
@@ -56,15 +52,6 @@ def storage_failures(place: str, storage: Storage | None = None) -> Iterator[Non
             f"storage failed at {scrub(place)}{endpoint}: {scrub(reason, options)}{told}; check its space, "
             "permissions and connection, then run again: what is committed stays"
         ) from error
-
-
-def _guarded(method: F) -> F:
-    @functools.wraps(method)
-    def guarded(self: Storage, relative: str = "", *arguments: Any) -> Any:
-        with self.failures(relative):
-            return method(self, relative, *arguments)
-
-    return cast(F, guarded)
 
 
 @dataclass(frozen=True)
@@ -89,6 +76,13 @@ class Storage:
     def _opened(self) -> tuple[Any, str]:
         return open_filesystem(self.uri, self.options)
 
+    @cached_property
+    def _folder(self) -> LocalFolder | RemoteFolder:
+        if self.is_local:
+            return LocalFolder(self.root)
+        query = self.options.get(URI_CREDENTIALS, {}).get("query", "")
+        return RemoteFolder(self.fs, self.root, self.uri, query, self.patience_s, self.failures)
+
     @property
     def fs(self) -> Any:
         return self._opened[0]
@@ -112,13 +106,11 @@ class Storage:
 
     def path(self, relative: str) -> str:
         """`relative` as the file system's own path."""
-        query = self.options.get(URI_CREDENTIALS, {}).get("query")
-        path = f"{self.root.rstrip('/')}/{relative}" if relative else self.root
-        return join_query(path, query) if query else path
+        return self._folder.path(relative)
 
     def url(self, relative: str) -> str:
         """`relative` as a full URL without credentials, for messages, records and other readers."""
-        return split_credentials(self.fs.unstrip_protocol(self.path(relative)))[0]
+        return split_credentials(self._folder.url(relative))[0]
 
     def options_for(self, uri: str) -> dict[str, Any]:
         """The options with which `uri` is to be opened: this storage's, where it is of the same service."""
@@ -127,9 +119,9 @@ class Storage:
         userinfo = {key: value for key, value in taken.items() if key == "userinfo"}
         return {**options, URI_CREDENTIALS: userinfo} if userinfo else options
 
-    def failures(self, relative: str) -> contextlib.AbstractContextManager[None]:
+    def failures(self, relative: str) -> AbstractContextManager[None]:
         """`storage_failures` at one of this storage's files."""
-        return storage_failures(self._place(relative), self)
+        return storage_failures(f"{self.uri.rstrip('/')}/{relative}", self)
 
     def check_reachable(self, timeout_s: float = 25) -> None:
         """Raise StorageError, naming the endpoint, unless the storage answers in time, whatever it says.
@@ -139,184 +131,12 @@ class Storage:
         if self.is_local:
             return
         with self.failures(""):
-            check_reachable(self._opened_and_asked, self._place(""), timeout_s)
+            check_reachable(self._open_and_ask, self.uri, timeout_s)
 
-    def _opened_and_asked(self) -> None:
+    def _open_and_ask(self) -> None:
         """One cheap question. That there is no such thing, or that one may not ask, is an answer."""
         with refusals(self.uri, self.options), contextlib.suppress(FileNotFoundError, PermissionError):
             self.fs.info(self.root)
-
-    @_guarded
-    def find(self, folder: str = "") -> list[FileInfo]:
-        """Every file below `folder`, sorted by path; empty where there is no such folder."""
-        base = self.path(folder)
-        if self.is_local:
-            found_local = walk_local(Path(base), Path(self.root), frozenset())
-            return sorted(found_local, key=lambda info: info.path)
-        found = self._retried(folder, lambda: self.fs.find(base, detail=True))
-        prefix = self.root.rstrip("/") + "/"
-        infos = (
-            remote_info(name.removeprefix(prefix), info)
-            for name, info in (found.items() if isinstance(found, dict) else ())  # adlfs: a list for a file
-            if info["type"] == "file" and name != base and not name.endswith("/")
-        )
-        return sorted(infos, key=lambda info: info.path)
-
-    @_guarded
-    def info(self, relative: str = "") -> FileInfo:
-        """One file, as `find` would list it; FileNotFoundError where it does not exist."""
-        if self.is_local:
-            return local_info(relative, Path(self.path(relative)).stat())
-        return remote_info(relative, self._stat(relative))
-
-    @_guarded
-    def exists(self, relative: str = "") -> bool:
-        """Whether there is such a file, or a folder with something in it."""
-        if self.is_local:
-            return bool(self.fs.exists(self.path(relative)))
-        try:
-            self._stat(relative)
-        except FileNotFoundError:
-            return False
-        return True
-
-    @_guarded
-    def is_file(self, relative: str = "") -> bool:
-        """Whether there is such a file."""
-        if self.is_local:
-            return bool(self.fs.isfile(self.path(relative)))
-        try:
-            return bool(self._stat(relative)["type"] == "file")
-        except FileNotFoundError:
-            return False
-
-    @_guarded
-    def open(self, relative: str) -> BinaryIO:
-        """The file, open for reading as a stream of bytes, which survives failures that pass."""
-        path = self.path(relative)
-        if self.is_local:
-            return cast(BinaryIO, Path(path).open("rb"))
-        remote = RemoteFile(
-            lambda: self.fs.open(path, "rb", block_size=BLOCK_BYTES),
-            lambda file: f"{version_of(getattr(file, 'details', None) or {})} {getattr(file, 'size', '')}",
-            lambda: self.failures(relative),
-            self._place(relative),
-            self.patience_s,
-        )
-        return cast(BinaryIO, remote)
-
-    @_guarded
-    def read_bytes(self, relative: str = "") -> bytes:
-        if self.is_local:
-            return Path(self.path(relative)).read_bytes()
-        return self._retried(relative, lambda: cast(bytes, self.fs.cat_file(self.path(relative))))
-
-    @contextlib.contextmanager
-    def local_copy(self, relative: str) -> Iterator[Path]:
-        """The file on this machine, for as long as it is needed: itself where it is local."""
-        if self.is_local:
-            yield Path(self.path(relative))
-            return
-        with tempfile.TemporaryDirectory() as folder:
-            local = Path(folder) / "copy"
-            with self.failures(relative):
-                self._retried(relative, lambda: self.fs.get_file(self.path(relative), str(local)))
-            yield local
-
-    @contextlib.contextmanager
-    def replacing(self, relative: str) -> Iterator[Path]:
-        """A local path to write; on success it becomes `relative`, whole and durable, else nothing does.
-
-        Locally the file is written beside its place and renamed; elsewhere it is written to a
-        temporary file and uploaded.
-        """
-        target = self.path(relative)
-        folder = Path(target).parent if self.is_local else Path(tempfile.gettempdir())
-        temporary = folder / f".tmp-{uuid.uuid4().hex}"
-        try:
-            with self.failures(relative):
-                folder.mkdir(parents=True, exist_ok=True)
-                yield temporary
-                if self.is_local:
-                    _fsync(temporary)
-                    temporary.replace(target)
-                    _fsync(folder)
-                else:
-                    self._retried(relative, lambda: self.fs.put_file(str(temporary), target))
-        finally:
-            temporary.unlink(missing_ok=True)
-
-    def write_bytes(self, relative: str, data: bytes) -> None:
-        """Put `data` at `relative`, replacing what was there in one step."""
-        with self.replacing(relative) as path:
-            path.write_bytes(data)
-
-    @_guarded
-    def create(self, relative: str, data: bytes) -> None:
-        """Put `data` at `relative`; FileExistsError if it exists, decided by the storage itself.
-
-        A creation whose answer was lost is tried again, and then finds its own file: a file of just these
-        bytes is then taken to be it. Google's and Azure's clients do not tell of retries of their own, so
-        there such a file is always taken to be it: let data that must be unique name its creator.
-        """
-        if self.is_local:
-            self._create_local(relative, data)
-            return
-
-        def attempt(number: int) -> None:
-            try:
-                self.fs.pipe_file(self.path(relative), data, mode="create")
-            except storage_errors() as error:
-                if not _says_it_exists(error):
-                    raise
-                if not (number or _was_sent_again(error)) or self.read_bytes(relative) != data:
-                    raise FileExistsError(self.url(relative)) from error
-
-        with_retries(attempt, self._place(relative), self.patience_s)
-
-    def _create_local(self, relative: str, data: bytes) -> None:
-        target = Path(self.path(relative))
-        target.parent.mkdir(parents=True, exist_ok=True)
-        temporary = target.parent / f".tmp-{uuid.uuid4().hex}"
-        try:
-            temporary.write_bytes(data)
-            _fsync(temporary)
-            os.link(temporary, target)
-            _fsync(target.parent)
-        finally:
-            temporary.unlink(missing_ok=True)
-
-    @_guarded
-    def move(self, source: str, target: str) -> None:
-        """Put a file of this storage in another place of it, replacing what was there in one step."""
-        if self.is_local:
-            place = Path(self.path(target))
-            place.parent.mkdir(parents=True, exist_ok=True)
-            Path(self.path(source)).replace(place)
-            _fsync(place.parent)
-            return
-        self._retried(source, lambda: self.fs.copy(self.path(source), self.path(target)))
-        if same_service(self.uri, "az://"):
-            self._retried(target, lambda: self._check_copied(source, target))
-        self.delete(source)
-
-    def _check_copied(self, source: str, target: str) -> None:
-        """Azure copies in the background, where it has much to do; until then the copy is empty."""
-        wanted, found = (self.fs.info(self.path(place))["size"] for place in (source, target))
-        if wanted != found:
-            raise TruncatedError(f"the copy has {found} of {wanted} bytes")
-
-    @_guarded
-    def delete(self, relative: str) -> None:
-        """Delete one file; nothing where it does not exist."""
-        with contextlib.suppress(FileNotFoundError):
-            self._retried(relative, lambda: self.fs.rm_file(self.path(relative)))
-
-    @_guarded
-    def delete_folder(self, relative: str) -> None:
-        """Delete a folder with all that is in it; nothing where it does not exist."""
-        with contextlib.suppress(FileNotFoundError):
-            self._retried(relative, lambda: self.fs.rm(self.path(relative), recursive=True))
 
     def check_writable(self) -> None:
         """Raise OutputError unless a file can be created here."""
@@ -331,17 +151,74 @@ class Storage:
                 "check that the place exists, its permissions and its free space"
             ) from error
 
-    def _place(self, relative: str) -> str:
-        return f"{self.uri.rstrip('/')}/{relative}"
+    def find(self, folder: str = "") -> list[FileInfo]:
+        """Every file below `folder`, sorted by path; empty where there is no such folder."""
+        with self.failures(folder):
+            return self._folder.find(folder)
 
-    def _retried(self, relative: str, operation: Callable[[], T]) -> T:
-        """The operation; where the storage is not this machine's, again while its failures pass."""
-        if self.is_local:
-            return operation()
-        return with_retries(lambda number: operation(), self._place(relative), self.patience_s)
+    def info(self, relative: str = "") -> FileInfo:
+        """One file, as `find` would list it; FileNotFoundError where it does not exist."""
+        with self.failures(relative):
+            return self._folder.info(relative)
 
-    def _stat(self, relative: str) -> dict[str, Any]:
-        return self._retried(relative, lambda: cast(dict[str, Any], self.fs.info(self.path(relative))))
+    def exists(self, relative: str = "") -> bool:
+        """Whether there is such a file, or a folder with something in it."""
+        with self.failures(relative):
+            return self._folder.exists(relative)
+
+    def is_file(self, relative: str = "") -> bool:
+        """Whether there is such a file."""
+        with self.failures(relative):
+            return self._folder.is_file(relative)
+
+    def open(self, relative: str) -> BinaryIO:
+        """The file, open for reading as a stream of bytes, which survives failures that pass."""
+        with self.failures(relative):
+            return self._folder.open(relative)
+
+    def read_bytes(self, relative: str = "") -> bytes:
+        with self.failures(relative):
+            return self._folder.read_bytes(relative)
+
+    def local_copy(self, relative: str) -> AbstractContextManager[Path]:
+        """The file on this machine, for as long as it is needed: itself where it is local."""
+        return self._folder.local_copy(relative)
+
+    @contextlib.contextmanager
+    def replacing(self, relative: str) -> Iterator[Path]:
+        """A local path to write; on success it becomes `relative`, whole and durable, else nothing does."""
+        with self.failures(relative), self._folder.replacing(relative) as path:
+            yield path
+
+    def write_bytes(self, relative: str, data: bytes) -> None:
+        """Put `data` at `relative`, replacing what was there in one step."""
+        with self.replacing(relative) as path:
+            path.write_bytes(data)
+
+    def create(self, relative: str, data: bytes) -> None:
+        """Put `data` at `relative`; FileExistsError if it exists, decided by the storage itself.
+
+        Where the answer was lost, a file of just these bytes is taken to be ours. Google's and Azure's
+        clients do not tell of retries of their own, so there such a file always is: let data that must be
+        unique name its creator.
+        """
+        with self.failures(relative):
+            self._folder.create(relative, data)
+
+    def move(self, source: str, target: str) -> None:
+        """Put a file of this storage in another place of it, replacing what was there in one step."""
+        with self.failures(source):
+            self._folder.move(source, target)
+
+    def delete(self, relative: str) -> None:
+        """Delete one file; nothing where it does not exist."""
+        with self.failures(relative):
+            self._folder.delete(relative)
+
+    def delete_folder(self, relative: str) -> None:
+        """Delete a folder with all that is in it; nothing where it does not exist."""
+        with self.failures(relative):
+            self._folder.delete_folder(relative)
 
 
 def split_glob(uri: str) -> tuple[str, str]:
@@ -376,24 +253,3 @@ def parent_and_name(uri: str) -> tuple[str, str]:
     head, separator, tail = uri.rpartition("://")
     path = PurePosixPath(tail)
     return head + separator + str(path.parent), path.name
-
-
-def _says_it_exists(error: Exception) -> bool:
-    """Whether a creation was refused for the file that is there (s3fs knows AWS's way to say so alone)."""
-    return isinstance(error, FileExistsError) or status_of(error) == 412
-
-
-def _was_sent_again(error: Exception) -> bool:
-    """Whether the client may have sent a creation more than once before it said that the file exists."""
-    answer = getattr(error.__cause__, "response", None)
-    if not isinstance(answer, dict):
-        return True  # it does not tell
-    return bool(answer.get("ResponseMetadata", {}).get("RetryAttempts", 0))
-
-
-def _fsync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

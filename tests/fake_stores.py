@@ -1,4 +1,4 @@
-"""Google's and Azure's object stores as far as our storage asks them, for their real clients (gcsfs, adlfs).
+"""Google's and Azure's object stores as far as our storage asks their real clients (gcsfs, adlfs).
 
 Small fakes after the clients' source and the services' references: objects in a dictionary, conditional
 creation, listings, ranges. `trouble` says what becomes of the next requests: a status that is answered
@@ -151,7 +151,7 @@ class AzureHandler(_Handler):
 
     def carry_out(self, path: str, query: dict[str, str], body: bytes) -> tuple[int, bytes, dict[str, str]]:
         objects = self.server.objects
-        container, _, name = path.removeprefix("/account/").partition("/")
+        name = path.removeprefix("/account/").partition("/")[2]
         if not name and query.get("comp") == "list":
             return 200, self.listing(query.get("prefix", "")), {"Content-Type": "application/xml"}
         if not name:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import random
+import select
 import socket
 import struct
 import threading
@@ -73,13 +74,23 @@ class FlakyProxy:
                 ]
                 lines.insert(1, b"Connection: close")
                 server.sendall(b"\r\n".join(lines))
-                upload = threading.Thread(target=_copy, args=(client, server), daemon=True)
-                upload.start()
-                self._answer(server, client, fate, cut)
+                self._pass_on(client, server, fate, cut)
 
-    def _answer(self, server: socket.socket, client: socket.socket, fate: str, cut: int) -> None:
+    def _pass_on(self, client: socket.socket, server: socket.socket, fate: str, cut: int) -> None:
+        """The rest of the request to the server, its answer to the client: as much as the fate allows."""
         passed = 0
-        while data := server.recv(_PIECE):
+        while True:
+            ready, _, _ = select.select([client, server], [], [])
+            if client in ready:
+                body = client.recv(_PIECE)
+                if not body:
+                    return
+                server.sendall(body)
+            if server not in ready:
+                continue
+            data = server.recv(_PIECE)
+            if not data:
+                return
             if fate == "lost" or (fate in ("reset", "stall") and passed + len(data) > cut):
                 client.sendall(b"" if fate == "lost" else data[: cut - passed])
                 if fate == "stall":
@@ -99,9 +110,3 @@ def _read_head(client: socket.socket) -> bytes:
             return b""
         head += data
     return head
-
-
-def _copy(source: socket.socket, target: socket.socket) -> None:
-    with contextlib.suppress(OSError):
-        while data := source.recv(_PIECE):
-            target.sendall(data)

@@ -52,12 +52,12 @@ def sleep_in_python():
 def sleep_with_a_handler():
     signal.signal(signal.SIGALRM, lambda *_: None)
     while True: time.sleep(0.01)
-def sleep_deaf():
-    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGALRM})
-    sleep_in_c()
 def deaf_from_now_on():
     signal.signal(signal.SIGALRM, signal.SIG_IGN)
     signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGALRM})
+def sleep_deaf():
+    deaf_from_now_on()
+    sleep_in_c()
 def eat_memory(): return [np.zeros(2**30, np.uint8) for _ in range(1000)]
 def scribble():
     for fd in range(3, 30):
@@ -173,6 +173,7 @@ def plugged(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Plugged
     (folder / "sitecustomize.py").write_text(PLUG_IN)
     monkeypatch.setenv("PYTHONPATH", str(folder))
     monkeypatch.setenv("POISON_LOG", str(folder / "log"))
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")  # as in Ray's workers: no thread that could take a signal
     plugged = Plugged(folder)
     yield plugged
     plugged.close()

@@ -5,18 +5,11 @@ from __future__ import annotations
 import base64
 import importlib.util
 import io
-import logging
-import time
 from collections.abc import Iterator
-from pathlib import Path
-from typing import Any
 
 import pytest
 
-from pipeline import retry
-from pipeline.errors import ConfigError, StorageError
-from pipeline.filesystems import endpoint_of, open_filesystem, same_service
-from pipeline.storage import FileInfo, Storage
+from pipeline.storage import Storage
 from tests.fake_stores import BUCKET, LOST, MODIFIED, AzureHandler, GoogleHandler, Store, serving
 
 

@@ -100,7 +100,7 @@ def test_weights_of_one_kind_are_downloaded(tmp_path, monkeypatch, holds, asked)
             (tmp_path / holds).touch()
         return str(tmp_path)
 
-    monkeypatch.setattr("cvt_model.hub.snapshot_download", download)
+    monkeypatch.setattr("huggingface_hub.snapshot_download", download)
     assert fetch("org/tiny") == tmp_path
     assert seen == asked
 

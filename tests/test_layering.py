@@ -46,9 +46,10 @@ def name_of(path: Path) -> str:
 
 
 def opens_file_systems(source: str) -> bool:
-    """Whether a module opens an fsspec file system itself, or reaches for one by fsspec's functions."""
+    """Whether a module opens a file system itself, or reaches for one by fsspec's functions."""
     allowed = {"fsspec.utils", "fsspec.utils.glob_translate"}
-    if any(name.startswith("fsspec") and name not in allowed for name in imports(source)):
+    clients = ("fsspec", "s3fs", "gcsfs", "adlfs", "botocore", "pyarrow.fs")
+    if any(name.startswith(clients) and name not in allowed for name in imports(source)):
         return True
     banned = {"url_to_fs", "get_filesystem_class", "from_uri"}
     attributes = (node.attr for node in ast.walk(ast.parse(source)) if isinstance(node, ast.Attribute))
@@ -63,6 +64,7 @@ def test_the_check_sees_imports_wherever_they_stand() -> None:
     source = "def f():\n    if x:\n        import a.b\n    from c import d\nimport_module('e')"
     assert set(imports(source)) == {"a.b", "c", "c.d", "e"}
     assert opens_file_systems("def f():\n    from fsspec.core import url_to_fs")
+    assert opens_file_systems("from pyarrow import fs")
     assert not opens_file_systems("from fsspec.utils import glob_translate")
 
 
@@ -77,13 +79,18 @@ def test_jobs_know_the_pipeline_and_not_the_model(path: Path) -> None:
     assert "cvt_model" not in packages(path)
 
 
-def test_only_the_run_imports_ray() -> None:
-    assert [name_of(path) for path in FILES if "ray" in packages(path)] == ["pipeline/run.py"]
+def test_only_the_cluster_and_the_graph_import_ray() -> None:
+    found = [name_of(path) for path in FILES if "ray" in packages(path)]
+    assert found == ["pipeline/cluster.py", "pipeline/run.py"]
 
 
 def test_only_storage_opens_file_systems() -> None:
-    found = [name_of(path) for path in FILES if opens_file_systems(path.read_text())]
-    assert found == ["pipeline/storage.py"]
+    sources = {name_of(path): path.read_text() for path in FILES}
+    assert [name for name, source in sources.items() if opens_file_systems(source)] == [
+        "pipeline/filesystems.py"
+    ]
+    users = {name for name, source in sources.items() if "pipeline.filesystems" in imports(source)}
+    assert users == {"pipeline/storage.py", "pipeline/remote_folder.py"}
 
 
 def handlers(path: Path) -> Iterator[str]:

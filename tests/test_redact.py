@@ -171,7 +171,7 @@ def test_the_environment_gives_options_to_verbs_without_a_config() -> None:
 @pytest.mark.parametrize("name", ["CVT_PIPELINE__STORAGE_OPTIONS", "CVT_PIPELINE__OUTPUT__STORAGE_OPTIONS"])
 @pytest.mark.parametrize("value", [SECRET, f"[{SECRET}]", f"{{{SECRET}", "5"])
 def test_options_in_the_environment_that_are_no_mapping_are_refused_unseen(name: str, value: str) -> None:
-    with pytest.raises(ConfigError, match="(?i)storage_options") as raised:
+    with pytest.raises(ConfigError, match=r"(?i)storage_options") as raised:
         storage_options_of("output", {name: value})
     assert SECRET not in str(raised.value)
 

@@ -44,7 +44,7 @@ class AzureError(Exception):
         self.status_code, self.error_code = status_code, error_code
 
 
-class FileExpired(OSError):
+class FileExpired(OSError):  # noqa: N818 - s3fs's name for it
     """As s3fs tells of a file that was replaced while it was read."""
 
 

