@@ -33,8 +33,8 @@ def extract(
     """Embed every new image of the input and commit the results, shard by shard."""
     stop = stop_on_signals()
     set_up_logging(verbose=verbose)
-    from pipeline.config import load_config
     from pipeline.extract import extract as run_extract
+    from pipeline.load_config import load_config
     from pipeline.progress import ProgressDisplay
     from pipeline.report import log_summary, summarize
 

@@ -25,7 +25,7 @@ def plan(
 ) -> None:
     """Shards new, changed, deleted and done; images and bytes to read and to write."""
     set_up_logging(verbose=False)
-    from pipeline.config import load_config
+    from pipeline.load_config import load_config
     from pipeline.prepare import summarize_plan
 
     values = summarize_plan(load_config(config, overrides or (), into=into))

@@ -29,7 +29,7 @@ def search(
     set_up_logging(verbose=False)
     if sum(query is not None for query in (image, image_id, vector)) != 1:
         raise ConfigError("give one query: --image FILE or URL, --id ID, or --vector FILE.npy")
-    from pipeline.config import open_output, storage_options_of
+    from pipeline.load_config import open_output, storage_options_of
     from pipeline.query import find
 
     answer = find(

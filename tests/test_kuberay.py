@@ -15,7 +15,7 @@ import yaml
 from referencing import Registry, Resource
 
 from jobs.cli import VERBS
-from pipeline.config import load_config
+from pipeline.load_config import load_config
 from pipeline.stop import GRACE_S
 
 ROOT = Path(__file__).resolve().parents[1]

@@ -7,8 +7,9 @@ from pathlib import Path
 import pytest
 from pydantic import ValidationError
 
-from pipeline.config import Config, IndexConfig, load_config, load_section
+from pipeline.config import Config, IndexConfig
 from pipeline.errors import ConfigError
+from pipeline.load_config import load_config, load_section
 
 MINIMAL = "input: {uri: in}\nmodel: {checkpoint: m}\noutput: {uri: out}\n"
 

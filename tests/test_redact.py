@@ -9,8 +9,9 @@ from typing import Any
 import pytest
 import yaml
 
-from pipeline.config import Config, load_config, open_input, open_output, storage_options_of, validate
+from pipeline.config import Config
 from pipeline.errors import ConfigError, StorageError
+from pipeline.load_config import load_config, open_input, open_output, storage_options_of, validate
 from pipeline.redact import scrub, split_credentials
 from pipeline.storage import Storage, storage_failures
 

@@ -15,8 +15,9 @@ from typing import Any
 
 import yaml
 
-from pipeline.config import ENV_PREFIX, Config
+from pipeline.config import Config
 from pipeline.errors import PipelineError
+from pipeline.load_config import ENV_PREFIX
 from pipeline.report import REPORTS
 
 TOLD_LINES = 5  # of what a failed run said
