@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: setup demo test test-all lint types clean
+.PHONY: setup demo test test-all chaos lint types clean
 
 setup: $(VENV)/.installed
 
@@ -18,9 +18,13 @@ demo: setup
 test: setup
 	$(BIN)/python -m pytest -n 2 --dist loadfile -m "not slow"
 
-# Every test, and five kills instead of two.
+# Every test, and ten kills instead of three.
 test-all: setup
-	CVT_TEST_KILLS=5 $(BIN)/python -m pytest -n 2 --dist loadfile
+	CVT_TEST_KILLS=10 $(BIN)/python -m pytest -n 2 --dist loadfile
+
+# Fifty kills at random moments, and a look at the output after each; an hour.
+chaos: setup
+	$(BIN)/python -m tests.chaos --kills 50
 
 lint: setup
 	$(BIN)/ruff check .

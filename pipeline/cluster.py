@@ -46,6 +46,11 @@ class Cluster:
     def has_gpu(self) -> bool:
         return bool(ray.cluster_resources().get("GPU"))
 
+    @property
+    def hosts(self) -> set[str]:
+        """The machines of the cluster, by name."""
+        return {node["NodeManagerHostname"] for node in ray.nodes() if node["Alive"]}
+
     def resources(self, compute: ComputeConfig, size: tuple[int, int]) -> Resources:
         """The stages' shares of what the cluster has now; `size` is that of the network's images."""
         nodes = [

@@ -116,6 +116,14 @@ def _import_graph() -> type[Extraction]:
 
 
 def _graph(prepared: Prepared, cluster: Cluster, run: str, verbose: bool) -> Extraction:
+    for place in (prepared.listing.root, prepared.output):
+        if place.is_local and len(cluster.hosts) > 1:
+            logger.warning(
+                "%s is a folder of this machine, and the cluster has %d: each of them must have the same "
+                "folder mounted there",
+                place.uri,
+                len(cluster.hosts),
+            )
     size = prepared.checkpoint.processor.output_size
     assert size is not None, "the checkpoint was looked at for it"
     resources = cluster.resources(prepared.config.compute, size)

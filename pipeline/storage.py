@@ -123,7 +123,7 @@ class Storage:
         """`storage_failures` at one of this storage's files."""
         return storage_failures(f"{self.uri.rstrip('/')}/{relative}", self)
 
-    def check_reachable(self, timeout_s: float = 25) -> None:
+    def check_reachable(self, timeout_s: float = 20) -> None:
         """Raise StorageError, naming the endpoint, unless the storage answers in time, whatever it says.
 
         Raises ConfigError for options that its client does not take. Nothing to do where it is local.

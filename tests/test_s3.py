@@ -41,9 +41,7 @@ def extracted(s3, options_alone, tmp_path_factory, tiny_model):
         members = [(f"{n}.png", encode(make_image(10 * number + n))) for n in range(8)]
         members.append(("bad.png", b"junk"))
         fs.put_file(str(write_tar(folder / f"{number}.tar", members)), f"{BUCKET}/in/{number}.tar")
-    config = write_s3_config(
-        folder, f"s3://{BUCKET}/in/", tiny_model, f"s3://{BUCKET}/out/", s3.options()
-    )
+    config = write_s3_config(folder, f"s3://{BUCKET}/in/", tiny_model, f"s3://{BUCKET}/out/", s3.options())
     rays = Path(tempfile.mkdtemp(prefix="ray-"))  # short: its sockets' paths have to be
     done = cli("extract", config, "--verbose", env={"RAY_TMPDIR": str(rays)})
     assert done.returncode == 0, done.stderr
@@ -142,8 +140,8 @@ def test_of_creators_at_the_same_instant_one_wins(s3):
 
 def test_an_output_that_may_only_be_read_is_told_before_any_work(s3, extracted, tmp_path, tiny_model):
     before = s3.filesystem().find(BUCKET, detail=True)
-    output = {"uri": f"s3://{BUCKET}/denied", "storage_options": s3.options(READER_KEY, READER_SECRET)}
-    config = write_s3_config(tmp_path, f"s3://{BUCKET}/in", tiny_model, output, s3.options())
+    options = s3.options(READER_KEY, READER_SECRET)
+    config = write_s3_config(tmp_path, f"s3://{BUCKET}/in", tiny_model, f"s3://{BUCKET}/denied", options)
     done = cli("extract", config)
     assert done.returncode == 2, done.stderr
     assert f"output.uri: cannot write to s3://{BUCKET}/denied: Access Denied" in told(done.stderr)
@@ -153,10 +151,12 @@ def test_an_output_that_may_only_be_read_is_told_before_any_work(s3, extracted, 
 @pytest.mark.parametrize("end", ["input", "output"])
 def test_memory_is_refused_with_the_reason(tmp_path, tiny_model, end):
     uris = {"input": tmp_path / "in", "output": tmp_path / "out", end: "memory://bucket"}
-    config = write_s3_config(tmp_path, str(uris["input"]), tiny_model, str(uris["output"]), {})
+    config = write_s3_config(tmp_path, uris["input"], tiny_model, uris["output"], {})
     done = cli("plan", config)
     assert done.returncode == 2, done.stderr
-    assert "memory:// lives in one process, so the workers would not see it; use a folder" in told(done.stderr)
+    assert "memory:// lives in one process, so the workers would not see it; use a folder" in told(
+        done.stderr
+    )
 
 
 @pytest.mark.parametrize("end", ["input", "output"])
