@@ -73,12 +73,15 @@ class Cluster:
 
 
 def _connect(verbose: bool, level: int) -> None:
+    # Else Ray ends workers that idle for a second, and starts others that import everything again: 2 s of
+    # a core each. There are never more of them than have been at work at once.
+    own = {"include_dashboard": False, "_system_config": {"num_workers_soft_limit": 10_000}}
     with _sigterm_kept():
         ray.init(
             address=os.environ.get("RAY_ADDRESS", "local"),
-            include_dashboard=False if "RAY_ADDRESS" not in os.environ else None,
             log_to_driver=verbose,
             logging_level=level,
+            **({} if "RAY_ADDRESS" in os.environ else own),
         )
 
 

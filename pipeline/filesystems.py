@@ -19,6 +19,7 @@ from urllib.parse import urlsplit
 
 import fsspec
 import fsspec.asyn
+import fsspec.exceptions
 
 from pipeline.errors import ConfigError
 from pipeline.redact import URI_CREDENTIALS, scrub, split_credentials
@@ -82,7 +83,10 @@ def upload(fs: Any, method: str, size_bytes: int, *arguments: Any, **options: An
     async def send() -> None:
         await asyncio.wait_for(sending(*arguments, **options), timeout_s)
 
-    fsspec.asyn.sync(fs.loop, send)
+    try:
+        fsspec.asyn.sync(fs.loop, send)
+    except fsspec.exceptions.FSTimeoutError as error:  # which has no words
+        raise TimeoutError(f"{size_bytes:,} bytes were not taken within {timeout_s:.0f} s") from error
 
 
 def same_service(one: str, other: str) -> bool:

@@ -44,7 +44,7 @@ def storage_failures(place: str, storage: Storage | None = None) -> Iterator[Non
     except (FileNotFoundError, FileExistsError, NotADirectoryError, StorageError):
         raise
     except storage_errors() as error:
-        reason = str(getattr(error, "strerror", None) or error or type(error).__name__)
+        reason = getattr(error, "strerror", None) or str(error) or type(error).__name__
         options = storage.options if storage else {}
         told = "".join(f" ({note})" for note in getattr(error, "__notes__", ()))
         endpoint = f" (endpoint {storage.endpoint})" if storage and storage.endpoint else ""

@@ -5,10 +5,16 @@ from __future__ import annotations
 import base64
 import importlib.util
 import io
+import socket
 from collections.abc import Iterator
+from typing import Any
 
+import fsspec
 import pytest
 
+from pipeline import filesystems
+from pipeline.errors import ConfigError, StorageError
+from pipeline.filesystems import open_filesystem, same_service
 from pipeline.storage import Storage
 from tests.fake_stores import BUCKET, LOST, MODIFIED, AzureHandler, GoogleHandler, Store, serving
 
@@ -116,3 +122,86 @@ def patch_azure_pauses(storage: Storage) -> None:
     for policy in storage.fs.service_client._pipeline._impl_policies:
         if hasattr(policy, "initial_backoff"):
             policy.initial_backoff = policy.increment_base = policy.random_jitter_range = 0
+
+
+@pytest.mark.parametrize("size_bytes", [0, 8 * 2**20])
+def test_a_server_that_takes_no_upload_to_its_end_is_given_up(
+    monkeypatch: pytest.MonkeyPatch, size_bytes: int
+) -> None:
+    monkeypatch.setattr(filesystems, "UPLOAD_S", 0.5)
+    monkeypatch.setattr(filesystems, "UPLOAD_BYTES_PER_S", 2**30)
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        endpoint = f"http://127.0.0.1:{silent.getsockname()[1]}"
+        options = {"key": "k", "secret": "s", "endpoint_url": endpoint}
+        storage = Storage("s3://bucket/out", options, patience_s=0.1)
+        with pytest.raises(
+            StorageError, match=rf"out/x \(endpoint {endpoint}\): {size_bytes:,} bytes were"
+        ):
+            storage.write_bytes("x", bytes(size_bytes))
+        with pytest.raises(StorageError, match="bytes were not taken within"):
+            storage.create("x", bytes(size_bytes))
+
+
+def test_clients_have_bounds_which_a_users_options_override() -> None:
+    fs, path = open_filesystem(
+        "s3://bucket/x", {"config_kwargs": {"read_timeout": 5, "tcp_keepalive": True}}
+    )
+    assert path == "bucket/x"
+    assert fs.config_kwargs["read_timeout"] == 5
+    assert fs.config_kwargs["tcp_keepalive"] is True
+    assert fs.config_kwargs["connect_timeout"] == filesystems.CONNECT_S
+    assert fs.config_kwargs["retries"]["total_max_attempts"] == filesystems.REQUEST_ATTEMPTS
+    assert fs.retries == 1
+    web, _ = open_filesystem("https://host/x")
+    assert web.client_kwargs["timeout"].sock_read == filesystems.READ_S
+    assert {fs.dircache.use_listings_cache, web.dircache.use_listings_cache} == {False}
+
+
+@pytest.mark.parametrize(
+    ("uri", "options", "endpoint"),
+    [
+        ("/data/x", {}, ""),
+        ("s3://bucket/x", {"endpoint_url": "http://host:1"}, "http://host:1"),
+        ("s3://bucket/x", {"client_kwargs": {"endpoint_url": "http://host:2"}}, "http://host:2"),
+        ("s3://bucket/x", {}, "http://of-environment:3"),
+        ("https://user:password@host:4/x", {}, "host:4"),
+    ],
+)
+def test_messages_name_the_endpoint(
+    monkeypatch: pytest.MonkeyPatch, uri: str, options: dict[str, Any], endpoint: str
+) -> None:
+    monkeypatch.setenv("AWS_ENDPOINT_URL", "http://of-environment:3")
+    assert Storage(uri, options).endpoint == endpoint
+
+
+@pytest.mark.parametrize(
+    ("one", "other", "same"),
+    [
+        ("s3://a/x", "s3a://b/y", True),
+        ("gs://a/x", "gcs://b/y", True),
+        ("az://a/x", "abfss://b/y", True),
+        ("https://host/x", "http://host:8080/y", True),
+        ("https://host/x", "https://other/x", False),
+        ("s3://a/x", "gs://a/x", False),
+        ("/data", "file:///data", True),
+        ("/data", "s3://data", False),
+    ],
+)
+def test_options_are_for_one_service(one: str, other: str, same: bool) -> None:
+    assert same_service(one, other) == same_service(other, one) == same
+
+
+def test_a_client_that_is_not_installed_is_told_with_its_extra(monkeypatch: pytest.MonkeyPatch) -> None:
+    def missing(*arguments: Any, **options: Any) -> None:
+        raise ImportError("Please install gcsfs to access Google Storage")
+
+    monkeypatch.setattr(fsspec.core, "url_to_fs", missing)
+    with pytest.raises(ConfigError, match=r"gs://b/x: no support .* pip install 'cvt-pipeline\[gcs\]'"):
+        open_filesystem("gs://b/x")
+
+
+def test_options_that_a_client_does_not_take_are_told_without_their_values() -> None:
+    with pytest.raises(ConfigError, match="check the URI and its storage_options") as raised:
+        Storage("s3://bucket", {"config_kwargs": {"no_such_key": "s3cret-0123"}}).check_reachable()
+    assert "no_such_key" in str(raised.value)
+    assert "s3cret-0123" not in str(raised.value)

@@ -8,7 +8,7 @@ from collections import Counter
 
 import pytest
 
-from pipeline.errors import FingerprintError, LimitError
+from pipeline.errors import FingerprintError
 from pipeline.load_config import load_config
 from pipeline.storage import Storage
 from pipeline.verify import verify
@@ -40,9 +40,7 @@ def write_corpus(folder):
 def files_of(output):
     """Every file that a reader or a later run would look at: (modification time, bytes) by path."""
     paths = [path for folder in FOLDERS for path in (output / folder).glob("*")]
-    return {
-        str(path.relative_to(output)): (path.stat().st_mtime_ns, path.read_bytes()) for path in paths
-    }
+    return {str(path.relative_to(output)): (path.stat().st_mtime_ns, path.read_bytes()) for path in paths}
 
 
 def of_shard(files, *names):
@@ -195,9 +193,7 @@ def test_deleted_images_leave_their_groups_and_the_others_rows_are_copied(
     tiny_model, tmp_path, write_images
 ):
     write_images(tmp_path / "in", 12)
-    config = make_config(
-        tmp_path / "in", tiny_model, tmp_path / "out", compute__shard_images=4, **REMOVE
-    )
+    config = make_config(tmp_path / "in", tiny_model, tmp_path / "out", compute__shard_images=4, **REMOVE)
     assert run(config).images == 12
     rows = {row["image_id"]: row for row in rows_of(tmp_path / "out")}
     for name in ("001.png", "002.png"):
@@ -354,12 +350,3 @@ def test_of_a_half_replaced_shard_a_later_run_leaves_the_newer_half(nights):
     assert run(nights.config()).planned_shards == 0
     assert files_of(nights.output) == new
     assert_sound(nights.output)
-
-
-def test_a_limit_that_refuses_is_an_error_before_ray_is_asked_for(nights):
-    """An empty listing: no work, no lease, no report; programs get the class that means exit code 3."""
-    reports = sorted((nights.output / "reports").iterdir())
-    nights.lose(*range(NUM_TARS))
-    with pytest.raises(LimitError, match="nothing is removed"):
-        run(nights.config(**REMOVE))
-    assert sorted((nights.output / "reports").iterdir()) == reports

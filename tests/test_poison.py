@@ -1,13 +1,20 @@
 """Poison: a shard that ends its readers, and among thousands of images one that crashes and one that hangs.
 
-The readers' poison is a name in a tar: a hook in the workers, found through PYTHONPATH, ends the process that
-reads its header, as a reader does that runs out of memory or meets a bug in C code.
+The readers' poison is a name in a tar: a hook in the workers, found through PYTHONPATH, ends the process
+that reads its header, as a reader does that runs out of memory or meets a bug in C code.
 """
 
 import json
+from types import SimpleNamespace
 
 import pytest
 
+from pipeline.errors import WorkersDiedError
+from pipeline.extract import MAX_CULPRITS, _Run
+from pipeline.shards import Shard, Work
+from pipeline.stop import Stop
+from pipeline.storage import Storage
+from pipeline.tally import Tally
 from tests.conftest import encode, make_image
 from tests.disturbed import is_alive
 from tests.running import cli, ids_of, leftovers, make_config, rows_of, write_config, write_tar
@@ -105,8 +112,8 @@ def test_a_shard_that_ends_its_readers_is_left_out_by_name_and_the_others_are_co
     poisoned.assert_holds(0, 1, 2, 3)
 
 
-def test_three_shards_that_end_their_readers_are_each_left_out_by_name(poisoned):
-    """Among others that come through: so it is the shards, and not the machine."""
+@pytest.mark.slow
+def test_several_shards_that_end_their_readers_are_each_left_out_by_name(poisoned):
     bad = (1, 3, 5)
     for number in range(7):
         poisoned.write(number, poisoned=number in bad)
@@ -116,6 +123,7 @@ def test_three_shards_that_end_their_readers_are_each_left_out_by_name(poisoned)
     poisoned.assert_holds(0, 2, 4, 6)
 
 
+@pytest.mark.slow
 def test_where_every_shard_ends_its_readers_the_run_stops_soon_and_says_why(poisoned):
     for number in range(6):
         poisoned.write(number, poisoned=True)
@@ -125,6 +133,73 @@ def test_where_every_shard_ends_its_readers_the_run_stops_soon_and_says_why(pois
     assert "died" in done.stderr
     assert rows_of(poisoned.output) == []
     assert leftovers(poisoned.output) == []
+
+
+class Script:
+    """In the place of the cluster: bad shards end their workers, the others come through before or not."""
+
+    def __init__(self, bad, *, first_of_all=False):
+        self.bad, self.first_of_all, self.num_deaths, self.through = bad, first_of_all, 0, []
+
+    def receipts(self, wave):
+        doomed = [number for number, work in enumerate(wave) if int(work.stem) in self.bad]
+        for number, work in enumerate(wave):
+            if number not in doomed and (self.first_of_all or number < min(doomed, default=len(wave))):
+                yield RECEIPT | {"stem": work.stem}
+        if doomed:
+            self.num_deaths += 1
+            raise WorkersDiedError(RETRIES + 1, "killed")
+
+    def assemble(self, work):
+        self.through.append(int(work.stem))
+
+    def assembled(self, *, wait):
+        return iter(())
+
+    def run(self, count, folder):
+        """Carry out a wave of so many shards; the numbers of those that are left out."""
+        config = make_config(folder, "cvt-tiny-random", folder)
+        prepared = SimpleNamespace(config=config, output=Storage(str(folder)))
+        self.tally = Tally("run", str(folder))
+        lease = SimpleNamespace(still_held=lambda: None)
+        wave = [Work(Shard(f"{n}.tar", "", "webdataset"), str(n)) for n in range(count)]
+        _Run(prepared, self, lease, self.tally, Stop(), lambda tally: None)._run(wave)
+        return self.failed
+
+    @property
+    def failed(self):
+        return [int(name.removesuffix(".tar")) for name in self.tally.failed_shards]
+
+
+RECEIPT = {
+    **{"chunk": 0, "num_chunks": 1, "num_rows": 1, "error": None},
+    **{"timings": "{}", "rejects_by_reason": "{}", "labels": "{}", "examples": "[]"},
+}
+
+
+@pytest.mark.parametrize("first_of_all", [False, True])
+@pytest.mark.parametrize("bad", [{0}, {6}, {1, 3}, {0, 1, 2}, {4, 5, 6}, {1, 3, 5}, {0, 2, 4, 6}])
+def test_halving_finds_the_shards_that_end_their_workers_and_no_others(tmp_path, bad, first_of_all):
+    script = Script(bad, first_of_all=first_of_all)
+    assert script.run(20, tmp_path) == sorted(bad)
+    assert sorted(script.through) == sorted(set(range(20)) - bad)
+    assert script.num_deaths <= len(bad) * 5  # of 20 shards, 10, 5, 3, 1
+
+
+def test_halving_gives_up_where_no_shard_comes_through(tmp_path):
+    script = Script(set(range(64)))
+    with pytest.raises(WorkersDiedError, match="more memory"):
+        script.run(64, tmp_path)
+    assert len(script.failed) < MAX_CULPRITS
+    assert script.num_deaths < 3 * MAX_CULPRITS
+
+
+def test_halving_gives_up_where_the_machine_breaks_in_the_middle(tmp_path):
+    script = Script(set(range(1000, 2000)))
+    with pytest.raises(WorkersDiedError, match="more memory"):
+        script.run(2000, tmp_path)
+    assert sorted(script.through) == list(range(1000))
+    assert script.num_deaths < 3 * MAX_CULPRITS + 10
 
 
 @pytest.mark.slow

@@ -80,6 +80,14 @@ def test_messages_are_scrubbed() -> None:
     assert SECRET not in str(raised.value)
 
 
+def test_a_failure_without_words_is_told_by_its_kind() -> None:
+    with (
+        pytest.raises(StorageError, match="at s3://b/x: TimeoutError; check"),
+        storage_failures("s3://b/x"),
+    ):
+        raise TimeoutError
+
+
 def config_text(**changed: Any) -> str:
     values: dict[str, Any] = {
         "input": {"uri": "in"},

@@ -85,8 +85,9 @@ def test_verify_index_and_search_work_on_s3_and_no_secret_is_anywhere(s3, extrac
     written = {name: fs.cat_file(name) for name in fs.find(f"{BUCKET}/out")}
     for kind in ("commits/", "embeddings/", "fingerprint.json", "index/", ".html", "reports/"):
         assert [name for name in written if kind in name], kind
-    written |= {str(path): path.read_bytes() for path in [page, *rays.rglob("*")] if path.is_file()}
-    assert len(written) > 30
+    logs = [path for path in rays.rglob("*") if path.is_file()]
+    assert [path for path in logs if path.name == "ray-data.log"]
+    written |= {str(path): path.read_bytes() for path in [page, *logs]}
     for name, data in written.items():
         assert not [secret for secret in SECRETS if secret.encode() in data], name
 
@@ -129,7 +130,7 @@ def test_of_creators_at_the_same_instant_one_wins(s3):
         return number
 
     with ThreadPoolExecutor(creators) as pool:
-        for name in "abcde":
+        for name in "abc":
             together = threading.Barrier(creators)
             found = list(pool.map(lambda number: create(name, number, together), range(creators)))  # noqa: B023
             (winner,) = [number for number in found if number is not None]

@@ -46,7 +46,7 @@ def test_of_two_runs_at_the_same_instant_one_works_and_the_other_names_it(
         output = f"s3://{BUCKET}/two/"
         configs.append(write_s3_config(tmp_path / name, many, tiny_model, output, s3.options()))
     processes = [start(config) for config in configs]
-    codes = [process.wait(150) for process in processes]
+    codes = [process.wait(300) for process in processes]
     logs = [told(config.with_suffix(".log").read_text()) for config in configs]
     assert sorted(codes) == [0, 4], logs
     loser = logs[codes.index(4)]
@@ -59,6 +59,7 @@ def test_of_two_runs_at_the_same_instant_one_works_and_the_other_names_it(
     assert_undisturbed(s3, "two", configs[0], undisturbed, logs)
 
 
+@pytest.mark.slow
 def test_a_server_that_is_killed_and_comes_back_loses_nothing(s3, many, undisturbed, tmp_path, tiny_model):
     config = write_s3_config(tmp_path, many, tiny_model, f"s3://{BUCKET}/killed/", s3.options())
     process = start(config)
@@ -75,7 +76,7 @@ def test_a_server_that_is_killed_and_comes_back_loses_nothing(s3, many, undistur
     finally:
         s3.start()
         s3.wait_until_up()
-    code = process.wait(200)
+    code = process.wait(300)
     assert code in (0, 1, 3), log.read_text()
     told(log.read_text())
     if code:  # an error in words; the next run goes on
@@ -92,7 +93,7 @@ def test_throttling_resets_lost_answers_and_stalls_change_nothing(
     try:
         options = s3.options(endpoint=proxy.endpoint)
         config = write_s3_config(tmp_path, many, tiny_model, f"s3://{BUCKET}/flaky/", options)
-        done = cli("extract", config)
+        done = cli("extract", config, timeout_s=300)
     finally:
         proxy.close()
     assert done.returncode == 0, f"{proxy.fates}\n{done.stderr}"
@@ -110,9 +111,13 @@ def test_a_dead_endpoint_is_named_within_thirty_seconds(s3, many, tmp_path, tiny
             options = s3.options(endpoint=endpoint)
             config = write_s3_config(tmp_path / str(number), many, tiny_model, f"s3://{BUCKET}/o", options)
             runs.append((start(config), config.with_suffix(".log"), endpoint))
-        for process, log, endpoint in runs:
-            code = process.wait(60)
-            assert time.time() - began < 30, log.read_text()
-            assert code == 1, log.read_text()
-            assert f"storage failed at s3://{BUCKET}/o" in told(log.read_text())
-            assert f"(endpoint {endpoint})" in log.read_text()
+        try:
+            for process, log, endpoint in runs:
+                code = process.wait(60)
+                assert time.time() - began < 30, log.read_text()
+                assert code == 1, log.read_text()
+                assert f"storage failed at s3://{BUCKET}/o" in told(log.read_text())
+                assert f"(endpoint {endpoint})" in log.read_text()
+        finally:
+            for process, _, _ in runs:
+                process.kill()
