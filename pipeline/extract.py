@@ -33,7 +33,7 @@ if TYPE_CHECKING:
 
 LIMIT_FROM_SAMPLES = 1000
 TELL_EVERY_S = 5.0  # `status` reads what is told
-MAX_CULPRITS = 3  # single shards in a row that end their workers: then it is not the shards
+MAX_CULPRITS = 10  # single shards in a row that end their workers: then it is not the shards
 
 logger = logging.getLogger(__name__)
 
@@ -188,6 +188,8 @@ class _Run:
         self._ledger.begin(wave)
         died = self._pull(wave)
         rest = self._ledger.unsettled(wave)
+        if len(rest) < len(wave):
+            self._culprits = 0  # others come through: it is the shards
         if died is None:
             if rest:
                 raise RuntimeError(f"{rest[0].stem}: not all of its chunks arrived")
@@ -197,7 +199,7 @@ class _Run:
             self._run(rest[:middle])
             self._run(rest[middle:])
         elif rest:
-            self._culprits = self._culprits + 1 if len(wave) == 1 else 1
+            self._culprits += 1
             if self._culprits == MAX_CULPRITS:
                 raise died
             self._ledger.fail(rest[0], died.short)

@@ -70,7 +70,7 @@ def refused(words, *mentions, cwd=None):
             "limits.max_reject_fraction=2",
             ("limits.max_reject_fraction: found 2", "less than or equal to 1"),
         ),
-        ("compute.batch_size=[1]", ("compute.batch_size: found [1]", "a whole number")),
+        ("compute.batch_size=[1]", ("compute.batch_size: found a list", "a whole number")),
         ("nonsense", ("'nonsense': expected key.path=value",)),
         ("input.uri=/nowhere/at/all", ("input.uri: /nowhere/at/all does not exist", "check the path")),
         ("input.uri=/etc/*.no-such-ending", ("input.uri", "matches no file")),
@@ -80,7 +80,7 @@ def refused(words, *mentions, cwd=None):
         ("input.format=webdataset", ("input.format: webdataset", ".tar")),
         ("model.checkpoint=/nowhere/model", ("model.checkpoint", "/nowhere/model")),
         ("output.uri=/proc/nothing", ("output.uri: cannot write to /proc/nothing", "check")),
-        ("model.precision=bfloat16", ("precision: the output has", "choose another output.uri")),
+        ("model.precision=bfloat16", ("precision: the output has", "--into")),
     ],
 )
 def test_a_bad_setting_is_refused_with_its_key_and_the_remedy(made, override, mentions):
@@ -147,10 +147,14 @@ def test_plan_tells_what_extract_would_do_and_does_nothing(made, tmp_path):
         "shards_new": 0,
         "shards_changed": 0,
         "shards_deleted": 0,
+        "shards_removed": 0,
         "shards_done": 3,
+        "shards_ignored": 0,
+        "files_too_young": 0,
         "images_to_read": 0,
         "bytes_to_read": 0,
         "bytes_to_write": 0,
+        "refusal": None,
     }
     fresh = cli("plan", made / "config.yaml", f"output.uri={tmp_path / 'new'}", "--json")
     values = json.loads(fresh.stdout)
