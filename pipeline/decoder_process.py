@@ -32,6 +32,7 @@ from cvt_model.image_processor import CvtImageProcessor
 
 _PR_SET_PDEATHSIG = 1  # of linux/prctl.h
 _LONGEST_TIMER_S = 1e8  # three years
+_NICENESS = 19  # the least: where cores are scarce, the model (or what feeds its device) comes first
 
 
 def main() -> None:
@@ -40,6 +41,7 @@ def main() -> None:
     for fd in (socket_fd, memory_fd):
         os.set_inheritable(fd, False)  # what a decoder starts must not keep them open
     _end_with(parent)
+    os.nice(_NICENESS)
     with socket.socket(fileno=socket_fd) as link, link.makefile("r", encoding="ascii") as lines:
         settings = json.loads(lines.readline() or sys.exit())
         worker = Worker(settings, memory_fd)

@@ -70,7 +70,10 @@ class _Packer:
             return False
         count = len(self._samples) + len(self._rejects)
         size = self._bytes + len(sample.data or b"")
-        return count >= self._options.chunk_images or size > CHUNK_BYTES
+        most = self._options.chunk_images
+        if self._chunk == 0:
+            most = self._options.first_images or most
+        return count >= most or size > CHUNK_BYTES
 
     def add(self, sample: Sample | Amendment) -> None:
         if isinstance(sample, Amendment):

@@ -31,6 +31,7 @@ class Resources:
     actor_gpus: float
     num_threads: int
     chunk_images: int
+    first_images: int  # of the first chunks of a run: what keeps the model's cores busy for a moment
     pixel_bytes: int  # of one image, decoded
     cpus: float
 
@@ -98,18 +99,20 @@ def share_out(compute: ComputeConfig, size: tuple[int, int], nodes: Sequence[Nod
     wanted = fitting if compute.actors == "auto" else compute.actors
     least, most = (wanted, wanted) if isinstance(wanted, int) else (wanted.min, wanted.max)
     share = min(sum(node.cpus for node in homes) / most, max(node.cpus for node in homes))
-    chunk_images = _GPU_CHUNK
+    chunk_images = first_images = _GPU_CHUNK
     if not on_gpu:
         smaller = 224 * 224 / (size[0] * size[1])
         chunk_images = max(_CPU_CHUNK, 8 * int(share), min(_MOST, int(_CPU_CHUNK * smaller)))
+        first_images = max(4, 4 * int(share))
     if compute.batch_size != "auto":
-        chunk_images = compute.batch_size
+        chunk_images = first_images = compute.batch_size
     return Resources(
         min_actors=least,
         max_actors=most,
         actor_gpus=min(1.0, gpus / most) if asked == "auto" else asked,
         num_threads=max(1, int(share)),
         chunk_images=chunk_images,
+        first_images=first_images,
         pixel_bytes=3 * size[0] * size[1],
         cpus=max(1.0, sum(node.cpus for node in nodes)),
     )

@@ -60,6 +60,7 @@ class Extraction:
         self.resources = resources
         self._prepared, self._run = prepared, run
         self._assembling: dict[Any, Work] = {}
+        self._begun = False
         self._assemble = ray.remote(num_cpus=0, max_retries=3)(assemble)
 
     def waves(self, work: Iterable[Work]) -> Iterator[list[Work]]:
@@ -104,6 +105,16 @@ class Extraction:
                     return
                 yield None
 
+    def _items(self, wave: list[str]) -> list[dict[str, Any]]:
+        """What the readers get: the shards that begin a run have a small first chunk, done soon."""
+        beginning = 0 if self._begun else self.resources.readers
+        self._begun = True
+        first, whole = self.resources.first_images, self.resources.chunk_images
+        return [
+            {"spec": spec, "first_images": first if number < beginning else whole}
+            for number, spec in enumerate(wave)
+        ]
+
     def _dataset(self, wave: list[str]) -> Any:
         prepared, resources = self._prepared, self.resources
         config, checkpoint = prepared.config, prepared.checkpoint
@@ -134,7 +145,7 @@ class Extraction:
             "num_threads": resources.num_threads,
         }
         return (
-            ray.data.from_items([{"spec": spec} for spec in wave], override_num_blocks=len(wave))
+            ray.data.from_items(self._items(wave), override_num_blocks=len(wave))
             .map_batches(
                 read_work,
                 fn_args=(read,),

@@ -19,6 +19,7 @@ class ReadOptions:
 
     chunk_images: int
     max_image_bytes: int
+    first_images: int | None = None  # of the first chunk, where it is to be there sooner
     metadata: tuple[pa.Field, ...] = ()
     image_column: str | None = None
     id_column: str | None = None

@@ -6,6 +6,7 @@ Leaves: CHUNKS. Imports little: whatever a worker imports keeps the first images
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import pyarrow as pa
@@ -20,8 +21,10 @@ if TYPE_CHECKING:
 
 
 def read_work(batch: pa.Table, options: ReadOptions) -> Iterator[pa.Table]:
-    """A shard's images as CHUNKS; `batch` has its Work."""
-    yield from read_shard(Work.from_json(batch.column("spec")[0].as_py()), options)
+    """A shard's images as CHUNKS; `batch` has its Work, and how many images its first chunk has."""
+    (item,) = batch.to_pylist()
+    options = replace(options, first_images=item["first_images"])
+    yield from read_shard(Work.from_json(item["spec"]), options)
 
 
 class Embed:

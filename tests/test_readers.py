@@ -33,6 +33,13 @@ def test_chunks_are_numbered_and_the_last_one_knows_their_number(
         assert timings["read_started"] > 1e9
 
 
+def test_the_first_chunk_is_as_small_as_is_asked_for(tmp_path: Path) -> None:
+    path = write_tar(tmp_path / "x.tar", [(f"{n}.jpg", b"x") for n in range(9)])
+    options = options_for(chunk_images=4, first_images=2)
+    chunks = pa.concat_tables(read_shard(file_work(path, "webdataset"), options)).to_pylist()
+    assert [schema.unpack(pa.scalar(chunk["rows"])).num_rows for chunk in chunks] == [2, 4, 3]
+
+
 def test_rejects_count_towards_a_chunk_too(tmp_path: Path) -> None:
     path = write_tar(tmp_path / "x.tar", [(f"{n}.txt", b"x") for n in range(10)])
     result = read_work(file_work(path, "webdataset"), options_for(chunk_images=4))

@@ -77,6 +77,13 @@ def test_chunks_are_larger_for_smaller_images_and_as_large_as_the_batch_that_is_
     assert shares(Node(2), batch_size=48).chunk_images == 48
 
 
+def test_on_cpus_a_run_begins_with_a_small_chunk():
+    assert shares(Node(2)).first_images == 8
+    assert shares(Node(0.5)).first_images == 4
+    assert shares(Node(16, 1)).first_images == shares(Node(16, 1)).chunk_images
+    assert shares(Node(2), batch_size=48).first_images == 48
+
+
 def test_what_lies_between_the_stages_grows_with_the_machine_and_not_with_the_corpus():
     small, large = shares(Node(2)).store_bytes, shares(Node(64, 8)).store_bytes
     assert 2**28 <= small <= 2**29
