@@ -62,8 +62,8 @@ class Resources:
 
     @property
     def readers(self) -> int:
-        """Shards read at once: they wait for storage more than for cores, and each holds a chunk."""
-        return max(2, int(self.cpus))
+        """Shards read at once: one gives more than two cores can decode, from object storage too."""
+        return max(1, int(self.cpus / 2))
 
     @property
     def writers(self) -> int:
