@@ -16,11 +16,11 @@ demo: setup
 	$(BIN)/cvt-pipeline demo
 
 test: setup
-	$(BIN)/python -m pytest -n 2 --dist loadfile -m "not slow"
+	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder --durations=40 -m "not slow"
 
 # Every test, and ten kills instead of three.
 test-all: setup
-	CVT_TEST_KILLS=10 $(BIN)/python -m pytest -n 2 --dist loadfile
+	CVT_TEST_KILLS=10 $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 
 # Fifty kills at random moments, and a look at the output after each; an hour.
 chaos: setup

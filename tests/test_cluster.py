@@ -73,7 +73,7 @@ def busy_worker(cluster):
     while time.time() < deadline:
         for node in (1, 2):
             work = cluster.work_of(node)
-            if any("_Embed" in word for word in work) and any(
+            if any("Embed" in word for word in work) and any(
                 word.startswith("MapBatches") for word in work
             ):
                 return node, work
