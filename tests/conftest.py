@@ -16,7 +16,10 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
 
 
-LONGEST_FIRST = ("cluster", "s3", "s3_faults", "faults", "kills", "poison", "increments", "cli", "extract", "scale")
+LONGEST_FIRST = (
+    *("cluster", "s3", "s3_faults", "faults", "kills", "poison", "increments", "cli", "extract"),
+    *("scale", "demo", "bench_run"),
+)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

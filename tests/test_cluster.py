@@ -38,7 +38,7 @@ def start(cluster, corpus, tiny_model, folder, **compute):
 
 def models_on(cluster, node):
     """How many processes of a node hold a model, or are about to."""
-    return sum("_Embed" in work for work in cluster.work_of(node))
+    return sum("Embed" in work for work in cluster.work_of(node))
 
 
 def watch(cluster, process, timeout_s=LONG_S):
