@@ -16,9 +16,9 @@ demo: setup
 	$(BIN)/cvt-pipeline demo
 
 test: setup
-	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder --durations=40 -m "not slow"
+	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder --durations=30 -m "not slow"
 
-# Every test, and ten kills instead of three.
+# Every test, and ten kills instead of two.
 test-all: setup
 	CVT_TEST_KILLS=10 $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 

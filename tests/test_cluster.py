@@ -80,6 +80,7 @@ def busy_worker(cluster):
     raise AssertionError([cluster.work_of(node) for node in range(3)])
 
 
+@pytest.mark.slow
 def test_a_node_that_dies_in_the_middle_costs_nothing(corpus, tiny_model, undisturbed, tmp_path):
     with local_cluster(NODE, NODE, NODE) as cluster:
         process = start(cluster, corpus, tiny_model, tmp_path)

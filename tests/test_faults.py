@@ -23,7 +23,9 @@ from tests.running import cli, leftovers, make_config, rows_of, run
 __all__ = ["corpus"]  # fixtures
 
 
-@pytest.mark.parametrize(("signum", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+@pytest.mark.parametrize(
+    ("signum", "code"), [pytest.param(signal.SIGINT, 130, marks=pytest.mark.slow), (signal.SIGTERM, 143)]
+)
 def test_a_signal_ends_a_run_within_ten_seconds_and_keeps_its_commits(
     corpus, tiny_model, tmp_path, signum, code
 ):
@@ -51,7 +53,7 @@ def test_a_signal_ends_a_run_within_ten_seconds_and_keeps_its_commits(
     assert verified.returncode == 0, verified.stderr
 
 
-@pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("signum", [pytest.param(signal.SIGINT, marks=pytest.mark.slow), signal.SIGTERM])
 def test_a_signal_during_start_up_ends_it_in_silence(corpus, tiny_model, tmp_path, signum):
     config = config_for(corpus, tiny_model, tmp_path)
     rng = random.Random(signum)
@@ -77,6 +79,7 @@ def assert_every_image_once(out):
     assert len(rows_of(out, "rejects")) == NUM_TARS
 
 
+@pytest.mark.slow
 def test_of_two_runs_at_the_same_instant_one_works_and_one_is_told_to_wait(corpus, tiny_model, tmp_path):
     config = config_for(corpus, tiny_model, tmp_path)
     processes = [start(config), start(config)]

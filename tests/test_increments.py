@@ -189,6 +189,7 @@ def test_a_run_that_never_read_anything_has_an_empty_input_and_nothing_to_lose(n
     assert "matches no file" in done.stderr
 
 
+@pytest.mark.slow
 def test_deleted_images_leave_their_groups_and_the_others_rows_are_copied(
     tiny_model, tmp_path, write_images
 ):
@@ -271,6 +272,7 @@ def test_young_files_wait_for_a_later_run_and_changed_ones_keep_their_old_rows_u
     assert_sound(nights.output)
 
 
+@pytest.mark.slow
 def test_young_images_wait_and_their_groups_are_not_touched(tiny_model, tmp_path, write_images):
     names = write_images(tmp_path / "in", 6)
     old = time.time() - 7200
@@ -338,6 +340,7 @@ def test_a_changed_shard_leaves_no_file_of_its_old_self(nights):
     assert run(config).planned_shards == 0
 
 
+@pytest.mark.slow
 def test_of_a_half_replaced_shard_a_later_run_leaves_the_newer_half(nights):
     """As after a kill between the new record and the deletion of what it supersedes."""
     old = of_shard(files_of(nights.output), "2.tar")

@@ -88,6 +88,7 @@ def poisoned(tiny_model, tmp_path):
     return Poisoned(tmp_path, tiny_model)
 
 
+@pytest.mark.slow
 def test_a_shard_that_ends_its_readers_is_left_out_by_name_and_the_others_are_committed(poisoned):
     for number in range(4):
         poisoned.write(number, poisoned=number == 1)

@@ -86,6 +86,7 @@ def test_a_server_that_is_killed_and_comes_back_loses_nothing(s3, many, undistur
     assert_undisturbed(s3, "killed", config, undisturbed, log.read_text())
 
 
+@pytest.mark.slow
 def test_throttling_resets_lost_answers_and_stalls_change_nothing(
     s3, many, undisturbed, tmp_path, tiny_model
 ):
