@@ -196,10 +196,11 @@ def _pump(dataset: Any) -> Iterator[dict[str, Any] | None]:
 
     def pull() -> None:
         try:
-            # Without a batch fetched ahead, which would keep each receipt back until the next one comes.
-            for table in dataset.iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=0):
-                for row in table.to_pylist():
-                    rows.put(row)
+            # Batches would be fetched ahead, which keeps each receipt back until the next one comes.
+            for bundle in dataset.iter_internal_ref_bundles():
+                for table in ray.get(bundle.block_refs):
+                    for row in table.to_pylist():
+                        rows.put(row)
             rows.put(None)
         except BaseException as error:  # handed to the caller, who raises it
             rows.put(error)
