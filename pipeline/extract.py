@@ -6,6 +6,7 @@ kill at any moment costs the shards in progress, never a committed one. Knows Ra
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import threading
 import time
@@ -206,20 +207,20 @@ class _Run:
 
     def _pull(self, wave: list[Work]) -> WorkersDiedError | None:
         """Take a wave's receipts to their end, or to the death of its workers, which is returned."""
-        receipts = iter(self._extraction.receipts(wave))
-        while True:
-            try:
-                receipt = next(receipts)
-            except StopIteration:
-                return None
-            except WorkersDiedError as error:
-                return error
-            if receipt is not None:
-                self._ledger.receive(receipt)
-                _check_limit(self._config, self._tally, LIMIT_FROM_SAMPLES)
-            for _ in self._ledger.commit(wait=False):
-                pass
-            self._look_around()
+        with contextlib.closing(self._extraction.receipts(wave)) as receipts:
+            while True:
+                try:
+                    receipt = next(receipts)
+                except StopIteration:
+                    return None
+                except WorkersDiedError as error:
+                    return error
+                if receipt is not None:
+                    self._ledger.receive(receipt)
+                    _check_limit(self._config, self._tally, LIMIT_FROM_SAMPLES)
+                for _ in self._ledger.commit(wait=False):
+                    pass
+                self._look_around()
 
     def _look_around(self) -> None:
         self._stop.check()

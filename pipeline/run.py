@@ -10,12 +10,14 @@ from __future__ import annotations
 import contextlib
 import queue
 import threading
-from collections.abc import Iterable, Iterator
+import time
+from collections.abc import Generator, Iterable, Iterator
 from typing import Any
 
 import ray
 import ray.data
 from ray.data import ActorPoolStrategy, TaskPoolStrategy
+from ray.data._internal.execution.streaming_executor import StreamingExecutor
 
 from pipeline.commits import DataFile
 from pipeline.decode import DecodeOptions, decode_chunk
@@ -30,6 +32,7 @@ from pipeline.storage import storage_failures
 
 WAVE_SHARDS = 2000
 WAVE_BYTES = 64 * 2**20  # of shard descriptions; groups of loose images list their members
+_END_S = 4.0  # for an execution to end that is left before its time
 _RETRIES = 5  # of work whose worker died; beyond that the shard is looked for that ends them
 _BATCH = {"batch_size": 1, "batch_format": "pyarrow"}  # one row is one chunk
 
@@ -76,9 +79,10 @@ class Extraction:
         if wave:
             yield wave
 
-    def receipts(self, wave: list[Work]) -> Iterator[dict[str, Any] | None]:
+    def receipts(self, wave: list[Work]) -> Generator[dict[str, Any] | None, None, None]:
         """RECEIPTS rows of a wave; None about ten times a second, so that the caller can look around.
 
+        To be closed where it is left before its end: that ends what the wave has under way.
         Raises WorkersDiedError where Ray has given up on some of its work.
         """
         manifest, metadata = self._prepared.manifest, list(self._prepared.metadata)
@@ -190,7 +194,7 @@ class Extraction:
         )
 
 
-def _pump(dataset: Any) -> Iterator[dict[str, Any] | None]:
+def _pump(dataset: Any) -> Generator[dict[str, Any] | None, None, None]:
     """The data set's rows, pulled by a thread, so that the caller's signals and clocks go on."""
     rows: queue.Queue[dict[str, Any] | BaseException | None] = queue.Queue()
 
@@ -205,19 +209,36 @@ def _pump(dataset: Any) -> Iterator[dict[str, Any] | None]:
         except BaseException as error:  # handed to the caller, who raises it
             rows.put(error)
 
-    threading.Thread(target=pull, name="receipts", daemon=True).start()
-    while True:
-        try:
-            row = rows.get(timeout=0.1)
-        except queue.Empty:
-            yield None
-            continue
-        if row is None:
-            return
-        with _translated():
-            if isinstance(row, BaseException):
-                raise row
-        yield row
+    thread = threading.Thread(target=pull, name="receipts", daemon=True)
+    thread.start()
+    try:
+        while True:
+            try:
+                row = rows.get(timeout=0.1)
+            except queue.Empty:
+                yield None
+                continue
+            if row is None:
+                return
+            with _translated():
+                if isinstance(row, BaseException):
+                    raise row
+            yield row
+    finally:
+        _end(thread)
+
+
+def _end(receipts: threading.Thread) -> None:
+    """End the execution that a thread still pulls at, and with it the thread.
+
+    Ray's core ends the process at once where a thread speaks to it after `ray.shutdown`.
+    """
+    patience = time.monotonic() + _END_S
+    while receipts.is_alive() and time.monotonic() < patience:
+        for thread in threading.enumerate():
+            if isinstance(thread, StreamingExecutor):
+                thread.shutdown(force=False)
+        receipts.join(0.1)
 
 
 @contextlib.contextmanager
