@@ -8,11 +8,15 @@ are assembled and its commit is created. Memory stays bounded by waves of shards
 from __future__ import annotations
 
 import contextlib
+import os
 import queue
 import threading
 import time
 from collections.abc import Generator, Iterable, Iterator
 from typing import Any
+
+# What waits between two stages is bounded at any load of the object store: see `QUEUED`.
+os.environ.setdefault("RAY_DATA_DOWNSTREAM_CAPACITY_OBJECT_STORE_BUDGET_UTIL_THRESHOLD", "0")
 
 import ray
 import ray.data
@@ -32,6 +36,9 @@ from pipeline.storage import storage_failures
 
 WAVE_SHARDS = 2000
 WAVE_BYTES = 64 * 2**20  # of shard descriptions; groups of loose images list their members
+QUEUED = (
+    4.0  # chunks that wait for a stage, to one at work there; each costs the driver 15 kB, however small
+)
 _END_S = 4.0  # for an execution to end that is left before its time
 _RETRIES = 5  # of work whose worker died; beyond that the shard is looked for that ends them
 _BATCH = {"batch_size": 1, "batch_format": "pyarrow"}  # one row is one chunk
@@ -60,6 +67,7 @@ class Extraction:
         context.raise_original_map_exception = True
         context.print_on_execution_start = verbose
         context.target_max_block_size = context.target_min_block_size = 1  # a block a chunk
+        context.downstream_capacity_backpressure_ratio = QUEUED
         self.resources = resources
         self._prepared, self._run = prepared, run
         self._assembling: dict[Any, Work] = {}
@@ -205,6 +213,7 @@ def _pump(dataset: Any) -> Generator[dict[str, Any] | None, None, None]:
                 for table in ray.get(bundle.block_refs):
                     for row in table.to_pylist():
                         rows.put(row)
+                _forget_statistics()
             rows.put(None)
         except BaseException as error:  # handed to the caller, who raises it
             rows.put(error)
@@ -235,10 +244,20 @@ def _end(receipts: threading.Thread) -> None:
     """
     patience = time.monotonic() + _END_S
     while receipts.is_alive() and time.monotonic() < patience:
-        for thread in threading.enumerate():
-            if isinstance(thread, StreamingExecutor):
-                thread.shutdown(force=False)
+        for executor in _executors():
+            executor.shutdown(force=False)
         receipts.join(0.1)
+
+
+def _forget_statistics() -> None:
+    """Drop what Ray Data keeps of every block for its own report: a kilobyte each, in the driver."""
+    for executor in _executors():
+        for operator in executor._topology or ():
+            getattr(operator, "_output_blocks_stats", []).clear()
+
+
+def _executors() -> list[Any]:
+    return [thread for thread in threading.enumerate() if isinstance(thread, StreamingExecutor)]
 
 
 @contextlib.contextmanager
