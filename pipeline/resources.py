@@ -45,6 +45,11 @@ class Resources:
         return max(_LEAST_STORE, (2 * self.cpus + 4 * self.max_actors) * chunk_bytes)
 
     @property
+    def most_waiting(self) -> int:
+        """Chunks that may wait for a stage, beside those at work there: enough for it never to starve."""
+        return max(4, 2 * int(self.cpus), 2 * self.max_actors)
+
+    @property
     def slots(self) -> dict[str, float]:
         """How many tasks of each stage can be at work at once."""
         slots = {

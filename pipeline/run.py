@@ -1,4 +1,4 @@
-"""The Ray Data graph, and the loop over its receipts: the only module that imports Ray Data.
+"""The Ray Data graph, and the loop over its receipts: the only module that runs Ray Data.
 
 read (a task a shard) -> decode (a task a chunk) -> embed (an actor pool) -> write parts -> receipts to the
 driver. Ray moves the rows; commits tell the truth: when every chunk of a shard has its receipt, its parts
@@ -8,21 +8,18 @@ are assembled and its commit is created. Memory stays bounded by waves of shards
 from __future__ import annotations
 
 import contextlib
-import os
 import queue
 import threading
 import time
 from collections.abc import Generator, Iterable, Iterator
 from typing import Any
 
-# What waits between two stages is bounded at any load of the object store: see `QUEUED`.
-os.environ.setdefault("RAY_DATA_DOWNSTREAM_CAPACITY_OBJECT_STORE_BUDGET_UTIL_THRESHOLD", "0")
-
 import ray
 import ray.data
 from ray.data import ActorPoolStrategy, TaskPoolStrategy
 from ray.data._internal.execution.streaming_executor import StreamingExecutor
 
+from pipeline.back_pressure import bound_queues
 from pipeline.commits import DataFile
 from pipeline.decode import DecodeOptions, decode_chunk
 from pipeline.errors import PipelineError, WorkersDiedError
@@ -36,9 +33,6 @@ from pipeline.storage import storage_failures
 
 WAVE_SHARDS = 2000
 WAVE_BYTES = 64 * 2**20  # of shard descriptions; groups of loose images list their members
-QUEUED = (
-    4.0  # chunks that wait for a stage, to one at work there; each costs the driver 15 kB, however small
-)
 _END_S = 4.0  # for an execution to end that is left before its time
 _RETRIES = 5  # of work whose worker died; beyond that the shard is looked for that ends them
 _BATCH = {"batch_size": 1, "batch_format": "pyarrow"}  # one row is one chunk
@@ -67,7 +61,7 @@ class Extraction:
         context.raise_original_map_exception = True
         context.print_on_execution_start = verbose
         context.target_max_block_size = context.target_min_block_size = 1  # a block a chunk
-        context.downstream_capacity_backpressure_ratio = QUEUED
+        bound_queues(context, resources.most_waiting)
         self.resources = resources
         self._prepared, self._run = prepared, run
         self._assembling: dict[Any, Work] = {}
