@@ -42,5 +42,5 @@ def most_ahead(most, folder):
 
 
 def test_a_stage_reads_only_so_far_ahead_of_the_next(tmp_path):
-    """Beside those that wait: two at work, two in the generator's own buffer, one being made. Ray alone: 60."""
+    """Beside those that wait: two at work, two in the generator's own buffer, one being made (Ray: 60)."""
     assert most_ahead(4, tmp_path / "made") <= 4 + 6
