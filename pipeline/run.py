@@ -2,7 +2,7 @@
 
 read (a task a shard) -> decode (a task a chunk) -> embed (an actor pool) -> write parts -> receipts to the
 driver. Ray moves the rows; commits tell the truth: when every chunk of a shard has its receipt, its parts
-are assembled and its commit is created. Memory stays bounded by waves of shards and Ray's back-pressure.
+are assembled and its commit is created. Memory stays bounded by waves of shards and back-pressure.
 """
 
 from __future__ import annotations
