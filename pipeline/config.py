@@ -5,9 +5,10 @@ Frozen, and validated once, at load (pipeline/load_config.py).
 
 from __future__ import annotations
 
+import re
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, PlainSerializer, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PlainSerializer, model_validator
 
 from cvt_model.choices import BackendName, EmbeddingKind, Precision
 from cvt_model.image_file import DEFAULT_MAX_PIXELS
@@ -170,10 +171,51 @@ class RunConfig(Section):
     log_format: Literal["text", "json"] = Field("text", description="log lines for people or for programs")
 
 
+def _memory(value: Any) -> Any:
+    """`1GB`, `400 MB` or `1.5GiB` as bytes; GB is 10**9, GiB 2**30."""
+    if not isinstance(value, str):
+        return value
+    found = re.fullmatch(r"([0-9.]+)\s*([KMGT]?)(i?)B?", value.strip(), re.IGNORECASE)
+    if found is None or found[1].count(".") > 1 or found[1] == ".":
+        raise ValueError(f"{value!r} is not an amount of memory, such as 400MB, 4GB or 1.5GiB")
+    base = 1024 if found[3] else 1000
+    return round(float(found[1]) * base ** " KMGT".index(found[2].upper() or " "))
+
+
+Memory = Annotated[int, Field(strict=True, ge=1), BeforeValidator(_memory)]
+"""Bytes, or text such as 4GB."""
+
+
 class IndexConfig(Section):
     """The similarity index."""
 
-    type: Literal["auto", "exact"] = Field("auto", description="exact: exhaustive search; auto: exact")
+    type: str = Field(
+        "auto",
+        min_length=1,
+        description="auto: by rows, dimension, memory and target; exact, ivf_flat, ivf_sq8, ivf_rabitq, "
+        "opq_ivf_pq, hnsw, or any FAISS factory string (IVF4096,PQ32)",
+    )
+    memory_budget: Memory = Field(
+        4_000_000_000, description="what the process that builds or searches may take, such as 4GB"
+    )
+    target_recall: float = Field(
+        0.95, gt=0, le=1, description="least recall@10 with which a version is published"
+    )
+    workers: Literal["auto"] | Annotated[int, Field(strict=True, ge=1)] = Field(
+        "auto",
+        description="Ray tasks that read and add at once; auto: one a node where RAY_ADDRESS names a "
+        "cluster, else none: all in this process",
+    )
+    keep_versions: int = Field(3, ge=1, description="versions kept, the served one among them")
+    lease_s: float = Field(120, ge=10, description="seconds after which a build that died is taken over")
+
+
+class DedupConfig(Section):
+    """Groups of images that are the same, or nearly so."""
+
+    threshold: float = Field(
+        0.95, gt=0, le=1, description="least cosine of two embeddings of near-duplicates"
+    )
 
 
 class Config(Section):
@@ -185,6 +227,8 @@ class Config(Section):
     compute: ComputeConfig = ComputeConfig()
     limits: LimitsConfig = LimitsConfig()
     run: RunConfig = RunConfig()
+    index: IndexConfig | None = Field(None, description="`run` builds the index where this is given")
+    dedup: DedupConfig | None = Field(None, description="`run` finds duplicates where this is given")
     storage_options: StorageOptions = Field(
         default_factory=dict, description="options of the file systems of input and output, as fsspec's are"
     )

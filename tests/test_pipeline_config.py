@@ -140,7 +140,7 @@ def test_a_section_that_is_empty_in_the_file_can_be_set_from_the_command_line(tm
 
 def test_a_section_alone_takes_its_own_keys_and_no_others() -> None:
     assert load_section(IndexConfig, ["index.type=exact"], "index").type == "exact"
-    with pytest.raises(ConfigError, match=r"index\.type: found 'x'; allowed: 'auto', 'exact'"):
-        load_section(IndexConfig, ["index.type=x"], "index")
+    with pytest.raises(ConfigError, match=r"index\.memory_budget: found 'much'"):
+        load_section(IndexConfig, ["index.memory_budget=much"], "index")
     with pytest.raises(ConfigError, match=r"model: not a key of this command"):
         load_section(IndexConfig, ["model.precision=float32"], "index")
