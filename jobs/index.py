@@ -22,7 +22,7 @@ def index(
     """Build the index of all committed images, measure its recall, and serve it from now on."""
     set_up_logging(verbose=False)
     from pipeline.config import IndexConfig
-    from pipeline.index import build_index
+    from pipeline.index.build import build_index
     from pipeline.load_config import load_section, open_output
 
     load_section(IndexConfig, overrides or (), "index")

@@ -11,8 +11,9 @@ import logging
 import os
 import signal
 import warnings
-from collections.abc import Iterator
-from typing import Any
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import TYPE_CHECKING, Any, TypeVar
 
 os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
 os.environ.setdefault("RAY_ENABLE_AUTO_CONNECT", "0")  # after a stop, threads must not start Ray again
@@ -21,7 +22,13 @@ import ray
 from ray.util.annotations import RayDeprecationWarning
 
 from pipeline.config import ComputeConfig
+from pipeline.errors import PipelineError, WorkersDiedError
 from pipeline.resources import Node, Resources, share_out
+
+if TYPE_CHECKING:
+    from pipeline.index.tasks import Runner
+
+T = TypeVar("T")
 
 logger = logging.getLogger(__name__)
 
@@ -66,6 +73,27 @@ class Cluster:
                 ", ".join(f"{name}={value}" for name, value in compute.actor_labels.items()) or "none",
             )
         return share_out(compute, size, nodes)
+
+    def tasks(self, number: int) -> Runner:
+        """A way to run functions as Ray tasks, `number` at once, their results in order.
+
+        Tasks whose workers die are run again, three times at most.
+        """
+        cores = ray.cluster_resources().get("CPU", 1)
+
+        def run(function: Callable[..., T], items: Iterable[Sequence[Any]]) -> Iterator[T]:
+            options = {"num_cpus": min(1, cores / number), "max_retries": 3}
+            remote = ray.remote(**options)(function)
+            for reference in _windowed(lambda item: remote.remote(*item), items, 2 * number):
+                try:
+                    yield ray.get(reference)
+                except ray.exceptions.RayTaskError as error:
+                    cause = error.cause
+                    raise cause if isinstance(cause, PipelineError) else error from None
+                except ray.exceptions.WorkerCrashedError as error:
+                    raise WorkersDiedError(4, "building the index") from error
+
+        return run
 
     def close(self) -> None:
         if self._ours:
@@ -125,3 +153,15 @@ def _raylet_to_log() -> None:
             logger.info("ray: %s", " ".join(str(line).split())[:200])
 
     ray._private.worker.print_to_stdstream = tell
+
+
+def _windowed(
+    start: Callable[[Sequence[Any]], T], items: Iterable[Sequence[Any]], width: int
+) -> Iterator[T]:
+    """Started items in their order, never more than `width` ahead of who takes them."""
+    waiting: deque[T] = deque()
+    for item in items:
+        waiting.append(start(item))
+        if len(waiting) >= width:
+            yield waiting.popleft()
+    yield from waiting

@@ -13,7 +13,8 @@ from pipeline.config import Config, InputConfig, ModelConfig, OutputConfig
 from pipeline.demo_corpus import make_corpus, photograph_of
 from pipeline.extract import OnProgress, extract
 from pipeline.gallery import Row, gallery_page
-from pipeline.index import build_index, read_vectors
+from pipeline.index.build import build_index
+from pipeline.index.vectors import read_vectors
 from pipeline.originals import Originals
 from pipeline.search import Searcher
 from pipeline.stop import Stop
@@ -67,7 +68,7 @@ def _share_found(output: Storage, searcher: Searcher) -> float:
     found: list[bool] = []
     for commit in log.read(log.live):
         for names, vectors in read_vectors(output, commit.embeddings.path):
-            for name, neighbours in zip(names, searcher.nearest(vectors, 2), strict=True):
+            for name, neighbours in zip(names.to_pylist(), searcher.nearest(vectors, 2), strict=True):
                 other = next(image_id for image_id, _ in neighbours if image_id != name)
                 found.append(photograph_of(other) == photograph_of(name))
     return float(np.mean(found))

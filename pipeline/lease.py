@@ -92,7 +92,7 @@ class Lease:
     def check(self) -> None:
         """Raise BusyError unless this lease is still the newest, and ours."""
         self.still_held()
-        paths = _listed(self._output)
+        paths = _listed(self._output, self._path.rpartition("/")[0])
         holder = _read(self._output, self._path) if paths and paths[-1] == self._path else None
         if holder is None or holder.run != self._holder.run:
             raise self._taken_over()
@@ -113,15 +113,15 @@ class Lease:
             self._output.delete(self._path)
 
 
-def acquire(output: Storage, run: str, lease_s: float) -> Lease:
-    """Take the lease of an output, or raise BusyError, which says who holds it since when."""
-    paths = _listed(output)
+def acquire(output: Storage, run: str, lease_s: float, folder: str = FOLDER) -> Lease:
+    """Take the lease of an output, or of a part of it, or raise BusyError: who holds it since when."""
+    paths = _listed(output, folder)
     holder = _read(output, paths[-1]) if paths else None
     now = time.time()
     if holder is not None and not holder.is_known_dead() and now < holder.expires(lease_s):
         raise _busy(output, holder, lease_s)
     generation = int(Path(paths[-1]).stem) + 1 if paths else 1
-    path = f"{FOLDER}/{generation:08d}.json"
+    path = f"{folder}/{generation:08d}.json"
     pid = os.getpid()
     mine = Holder(run, socket.gethostname(), _boot(), pid, _pid_started(pid), now, now)
     try:
@@ -136,7 +136,7 @@ def acquire(output: Storage, run: str, lease_s: float) -> Lease:
 
 def read_holder(output: Storage) -> Holder | None:
     """Who holds the output, be it alive or not; None where nobody does."""
-    paths = _listed(output)
+    paths = _listed(output, FOLDER)
     return _read(output, paths[-1]) if paths else None
 
 
@@ -149,8 +149,8 @@ def _busy(output: Storage, holder: Holder, lease_s: float) -> BusyError:
     )
 
 
-def _listed(output: Storage) -> list[str]:
-    return [info.path for info in output.find(FOLDER) if info.path.endswith(".json")]
+def _listed(output: Storage, folder: str) -> list[str]:
+    return [info.path for info in output.find(folder) if info.path.endswith(".json")]
 
 
 def _read(output: Storage, path: str) -> Holder | None:

@@ -11,7 +11,7 @@ import numpy as np
 
 from pipeline.errors import SearchError
 from pipeline.gallery import Row, gallery_page
-from pipeline.index import Vectors
+from pipeline.index.vectors import Vectors
 from pipeline.originals import Originals
 from pipeline.redact import scrub
 from pipeline.search import Hit, Searcher

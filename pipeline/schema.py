@@ -94,6 +94,15 @@ INDEX_IDS = pa.schema(
     ]
 )
 
+TRUTH = pa.schema(
+    [
+        pa.field("query", pa.int64(), nullable=False),  # faiss id of an indexed row
+        pa.field("neighbours", pa.list_(pa.int64(), 200), nullable=False),  # -1 beyond the last
+        pa.field("cosines", pa.list_(pa.float32(), 200), nullable=False),
+        pa.field("floor", pa.float32(), nullable=False),  # every row above it is in the list
+    ]
+)
+
 Logits = Literal["full", "none"] | int
 """`output.logits`: every logit, none, or the K largest as top_ids and top_logits."""
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from bisect import bisect_right
 from collections import defaultdict
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
@@ -26,12 +27,18 @@ from pipeline import schema
 from pipeline.commits import EMBEDDINGS
 from pipeline.errors import FingerprintError, SearchError
 from pipeline.fingerprint import Fingerprint, preprocessing_of, require_fingerprint
-from pipeline.index import Vectors, load_faiss, normalize, read_ids, read_record, usable
+from pipeline.index.draft import alive_flags
+from pipeline.index.engine import Engine, open_faiss
+from pipeline.index.files import fetch
+from pipeline.index.record import read_ids, read_record
+from pipeline.index.vectors import Ids, Mask, Vectors, VectorStore, normalize, usable
 from pipeline.storage import Storage
+from pipeline.where import matching_ids
 
 if TYPE_CHECKING:
     from cvt_model.inference import InferenceModel
 
+_FEW = 100
 _COLUMNS = (schema.IMAGE_ID, schema.SHARD, schema.KEY, "label", "label_id", "score", "width", "height")
 
 
@@ -60,58 +67,106 @@ class Searcher:
     """The served index of an output, open for queries.
 
     `Searcher(Storage("features/")).by_image(Path("cat.jpg").read_bytes(), k=10)` returns a list of `Hit`.
-    Raises SearchError where there is no whole index.
+    `where` is an SQL expression over the columns of embeddings/ (pipeline/where.py); the k nearest of the
+    images for which it is true are found, and fewer only where there are fewer. Files of an index that lies
+    elsewhere come from a cache on this machine. It stays on the version that was served when it was opened.
+
+    Raises SearchError where there is no whole index, and for queries that it cannot answer.
     """
 
     def __init__(self, output: Storage) -> None:
         self._output = output
         self.record = read_record(output)
-        self._index = load_faiss(output, self.record)
         self._first_ids = [shard.first_id for shard in self.record.shards]
-        self._ids = read_ids(output, self.record)
+        ids = read_ids(output, self.record).combine_chunks()
+        self._faiss_ids: Ids = ids.column("faiss_id").to_numpy()
+        self._names = ids.column(schema.IMAGE_ID)
+        self.engine = self._open()
+        self._masks: dict[str, Mask] = {}
+        pa.default_memory_pool().release_unused()
 
-    def by_vector(self, vector: Vectors, k: int = 10) -> list[Hit]:
+    def _open(self) -> Engine:
+        record, output = self.record, self._output
+        index = open_faiss(fetch(output, record.faiss_file, check=True), in_memory=record.in_memory)
+        store = VectorStore(record.segments, record.dim, lambda file: fetch(output, file))
+        with_dead = index.ntotal > record.num_vectors
+        alive = alive_flags(record.shards, record.next_id) if with_dead else None
+        return Engine(index, store, record.settings, alive)
+
+    def by_vector(self, vector: Vectors, k: int = 10, where: str | None = None) -> list[Hit]:
         """The k nearest images of one embedding (D,), not necessarily normalised, best first."""
-        scores, ids = self._search(np.asarray(vector, np.float32).reshape(1, -1), k)
+        scores, ids = self._search(np.asarray(vector, np.float32).reshape(1, -1), k, where)
         return self._hits([int(n) for n in ids[0]], [float(x) for x in scores[0]])
 
-    def nearest(self, vectors_QD: Vectors, k: int = 10) -> list[list[tuple[str, float]]]:
+    def nearest(
+        self, vectors_QD: Vectors, k: int = 10, where: str | None = None
+    ) -> list[list[tuple[str, float]]]:
         """For each of many embeddings the ids and cosines of its k nearest images, best first."""
-        scores, ids = self._search(np.asarray(vectors_QD, np.float32), k)
-        names = self._ids.column(schema.IMAGE_ID)
+        scores, ids = self._search(np.asarray(vectors_QD, np.float32), k, where)
+        found = ids >= 0
+        places = np.searchsorted(self._faiss_ids, ids[found])
+        names = iter(self._names_at(places))
         return [
-            [(names[int(n)].as_py(), float(x)) for n, x in zip(row, values, strict=True)]
-            for row, values in zip(ids, scores, strict=True)
+            [(next(names), float(score)) for score in row[kept]]
+            for row, kept in zip(scores, found, strict=True)
         ]
+
+    def nearest_of_ids(
+        self, image_ids: Sequence[str], k: int = 10, where: str | None = None
+    ) -> list[list[tuple[str, float]]]:
+        """`nearest` for indexed images: each its own nearest, unless `where` leaves it out."""
+        return self.nearest(self.vectors_of(image_ids), k, where)
+
+    def vectors_of(self, image_ids: Sequence[str]) -> Vectors:
+        """The unit vectors (N, D) of indexed images, by their ids."""
+        places = pc.index_in(pa.array(image_ids, pa.string()), value_set=self._names)
+        if places.null_count:
+            missing = image_ids[places.is_null().index(True).as_py()]
+            raise SearchError(f"no image {missing} in the index of {self._output.uri}; ids are exact")
+        return self.engine.store.take(self._faiss_ids[places.to_numpy()])
 
     @property
     def image_ids(self) -> list[str]:
         """Every indexed image, in the index's order."""
-        return self._ids.column(schema.IMAGE_ID).to_pylist()  # type: ignore[no-any-return]
+        return self._names.to_pylist()  # type: ignore[no-any-return]
 
-    def by_id(self, image_id: str, k: int = 10) -> list[Hit]:
-        """The k nearest images of an indexed one, itself among them and first."""
-        found = self._ids.filter(pc.equal(self._ids.column(schema.IMAGE_ID), image_id))
-        if not found.num_rows:
-            raise SearchError(f"no image {image_id} in the index of {self._output.uri}; ids are exact")
-        own = found.column("faiss_id")[0].as_py()
-        scores, ids = self._search(self._index.reconstruct(own)[None], k)
-        others = [(int(n), float(x)) for n, x in zip(ids[0], scores[0], strict=True) if n != own]
-        ranked = [(own, float(scores[0, 0])), *others][: len(ids[0])]  # exact copies may rank alike
+    def by_id(self, image_id: str, k: int = 10, where: str | None = None) -> list[Hit]:
+        """The k nearest images of an indexed one, itself first unless `where` leaves it out."""
+        scores, ids = self._search(self.vectors_of([image_id]), k, where)
+        ranked = [(int(n), float(score)) for n, score in zip(ids[0], scores[0], strict=True)]
+        own = int(self._faiss_ids[pc.index(self._names, image_id).as_py()])
+        if where is None or self._mask(where)[own]:  # exact copies may rank before it
+            ranked = [(own, ranked[0][1]), *(pair for pair in ranked if pair[0] != own)][: len(ranked)]
         return self._hits([n for n, _ in ranked], [score for _, score in ranked])
 
-    def by_image(self, data: bytes, k: int = 10) -> list[Hit]:
+    def by_image(self, data: bytes, k: int = 10, where: str | None = None) -> list[Hit]:
         """The k nearest images of an encoded image. SearchError where it cannot be decoded."""
-        return self.by_vector(self.embed(data), k)
+        return self.by_vector(self.embed(data), k, where)
 
-    def _search(self, vectors_QD: Vectors, k: int) -> tuple[Vectors, Any]:
-        """Cosines (Q, k) and faiss ids (Q, k); SearchError for vectors that have no neighbours."""
-        if vectors_QD.shape[1] != self.record.dim:
-            raise SearchError(f"the vector has {vectors_QD.shape[1]} numbers, the index {self.record.dim}")
+    def _search(self, vectors_QD: Vectors, k: int, where: str | None) -> tuple[Vectors, Ids]:
+        """Cosines (Q, k) and faiss ids (Q, k), with -1 where a filter leaves fewer."""
+        if vectors_QD.ndim != 2 or vectors_QD.shape[1] != self.record.dim:
+            raise SearchError(f"the vector has {vectors_QD.shape[-1]} numbers, the index {self.record.dim}")
         if not usable(vectors_QD).all():
             raise SearchError("the vector is zero or not finite, so it has no neighbours")
-        scores, ids = self._index.search(normalize(vectors_QD), min(k, self.record.num_vectors))
-        return scores, ids
+        mask = None if where is None else self._mask(where)
+        return self.engine.search(normalize(vectors_QD), min(k, self.record.num_vectors), only=mask)
+
+    def _names_at(self, places: Ids) -> list[str]:
+        if len(places) <= _FEW:
+            return [self._names[place].as_py() for place in places.tolist()]
+        return self._names.take(pa.array(places)).to_pylist()  # type: ignore[no-any-return]
+
+    def _mask(self, where: str) -> Mask:
+        """Which faiss ids the images have for which `where` is true; kept for the next query."""
+        if where not in self._masks:
+            files = [f"{EMBEDDINGS}/{shard.stem}.parquet" for shard in self.record.shards]
+            names = matching_ids(self._output, files, where)
+            places = pc.index_in(names, value_set=self._names).drop_null()
+            mask = np.zeros(self.record.next_id, np.bool_)
+            mask[self._faiss_ids[places.to_numpy()]] = True
+            self._masks = {where: mask}
+        return self._masks[where]
 
     def embed(self, data: bytes) -> Vectors:
         """The embedding (D,) of an encoded image, as the output's own were made."""
@@ -158,13 +213,14 @@ class Searcher:
 
     def _hits(self, ids: list[int], scores: list[float]) -> list[Hit]:
         by_shard: dict[int, list[int]] = defaultdict(list)
-        for faiss_id in ids:
+        pairs = [(n, score) for n, score in zip(ids, scores, strict=True) if n >= 0]
+        for faiss_id, _ in pairs:
             by_shard[bisect_right(self._first_ids, faiss_id) - 1].append(faiss_id)
         rows: dict[int, dict[str, Any]] = {}
         for number, members in by_shard.items():
             rows |= self._rows(number, members)
         hits = []
-        for faiss_id, score in zip(ids, scores, strict=True):
+        for faiss_id, score in pairs:
             row = dict(rows[faiss_id])
             hits.append(Hit(score=score, label_score=row.pop("score", None), **row))
         return hits
@@ -172,8 +228,9 @@ class Searcher:
     def _rows(self, number: int, faiss_ids: list[int]) -> dict[int, dict[str, Any]]:
         """The committed rows of some ids of one shard; the id alone where the shard's file is gone."""
         shard = self.record.shards[number]
-        names = self._ids.column(schema.IMAGE_ID)
-        wanted = {names[faiss_id].as_py(): faiss_id for faiss_id in faiss_ids}
+        places = np.searchsorted(self._faiss_ids, np.array(faiss_ids))
+        names = self._names_at(places)
+        wanted = dict(zip(names, faiss_ids, strict=True))
         found = {faiss_id: {schema.IMAGE_ID: name} for name, faiss_id in wanted.items()}
         try:
             with self._output.open(f"{EMBEDDINGS}/{shard.stem}.parquet") as file:

@@ -16,7 +16,7 @@ from pipeline.commits import CommitLog
 from pipeline.config import RunConfig
 from pipeline.errors import OutputError
 from pipeline.fingerprint import require_fingerprint
-from pipeline.index import current_version
+from pipeline.index.record import current_version
 from pipeline.lease import Holder, read_holder
 from pipeline.progress import PROGRESS, iso_time
 from pipeline.report import last_report, totals_in

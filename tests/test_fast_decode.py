@@ -12,7 +12,7 @@ from cvt_model.checkpoint import resolve_checkpoint
 from cvt_model.image_decoder import decode_image
 from cvt_model.inference import InferenceModel
 from pipeline.errors import FingerprintError
-from pipeline.index import build_index
+from pipeline.index.build import build_index
 from pipeline.search import Searcher
 from pipeline.storage import Storage
 from tests.conftest import encode, make_image

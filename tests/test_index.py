@@ -11,59 +11,18 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from pipeline import index as index_module
-from pipeline.commits import Commit, DataFile, write_commit
+
 from pipeline.errors import OutputError, SearchError
-from pipeline.index import CURRENT, build_index, current_version, load_faiss, read_record
-from pipeline.shards import Shard
-from pipeline.storage import Storage, sha256_of
+from pipeline.index.build import build_index
+from pipeline.storage import Storage
+from tests.vector_output import Vectors, commit_vectors, empty_output
 
 DIM = 16
-Vectors = npt.NDArray[np.float32]
-
-
-def commit_vectors(output: Storage, name: str, vectors: Vectors, supersedes: tuple[str, ...] = ()) -> str:
-    """Commit `vectors` as the shard `name`, with ids `name#0`, `name#1`, ...; returns its stem."""
-    shard = Shard(
-        name, f"file:///nowhere/{name}", "webdataset", size=len(vectors), version=str(vectors.sum())
-    )
-    stem = shard.stem("fingerprint")
-    ids = [f"{name}#{number}" for number in range(len(vectors))]
-    flat = pa.array(vectors.ravel().astype(np.float32))
-    table = pa.table(
-        {
-            "image_id": ids,
-            "shard": [name] * len(ids),
-            "key": [str(number) for number in range(len(ids))],
-            "embedding": pa.FixedSizeListArray.from_arrays(flat, vectors.shape[1]),
-            "label": [f"label of {image_id}" for image_id in ids],
-        }
-    )
-    path = f"embeddings/{stem}.parquet"
-    with output.replacing(path) as local:
-        pq.write_table(table, local)
-        file = DataFile(path, len(ids), local.stat().st_size, sha256_of(local))
-    record = Commit(
-        stem, shard, "fingerprint", len(ids), len(ids), 0, {}, file, None, supersedes, "run", "2026-01-01"
-    )
-    write_commit(output, record)
-    return stem
 
 
 @pytest.fixture
 def output(tmp_path: Path) -> Storage:
-    storage = Storage(str(tmp_path / "out"))
-    parts = {
-        "source": "nowhere",
-        "weights_sha256": "0",
-        "model_config": {},
-        "preprocessing": {},
-        "precision": "float32",
-        "embedding": "pooled",
-        "columns": {},
-    }
-    storage.write_bytes("fingerprint.json", json.dumps(parts).encode())
-    return storage
+    return empty_output(tmp_path / "out")
 
 
 def random_vectors(seed: int, count: int) -> Vectors:

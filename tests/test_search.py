@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from pipeline.errors import SearchError
-from pipeline.index import build_index
+from pipeline.index.build import build_index
 from pipeline.query import read_query, read_vector
 from pipeline.search import Searcher
 from pipeline.storage import Storage

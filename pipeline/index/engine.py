@@ -1,0 +1,178 @@
+"""One FAISS index open for queries, whatever its type: cosines of unit vectors, best first.
+
+Candidates come from FAISS, by what it keeps of each vector; where that is less than the vector itself they
+are ranked again by the exact ones. Rows that were deleted and are still inside, and rows that a filter
+leaves out, are kept away by an id selector inside FAISS. Knows faiss ids alone, no images.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import faiss
+import numpy as np
+
+from pipeline.index.brute_force import cosines, nearest
+from pipeline.index.lists import ivf_of
+from pipeline.index.record import Settings
+from pipeline.index.vectors import Ids, Mask, Vectors, VectorStore
+
+BRUTE_FORCE_ROWS = 50_000  # a filter that leaves no more is answered by looking at each of them
+MIN_NEIGHBOURS = 10  # k_factor counts for this many at least
+_QUERIES_AT_ONCE = 256
+
+
+class Engine:
+    """An index, the exact vectors of its ids and how it is searched.
+
+    `alive` flags, for every id there has been, those that are to be found; None where FAISS holds no other.
+    """
+
+    def __init__(
+        self, index: Any, store: VectorStore, settings: Settings, alive: Mask | None = None
+    ) -> None:
+        self.index, self.store, self.settings, self.alive = index, store, settings, alive
+        self._live = None if alive is None else _selector(alive)
+        self._usual = _parameters(index, settings, self._live)
+        self.ivf = ivf_of(index)
+        if self.ivf is not None:
+            lists = faiss.downcast_InvertedLists(self.ivf.invlists)
+            if isinstance(lists, faiss.OnDiskInvertedLists):
+                lists.prefetch_nthread = 0  # else every search starts threads of its own
+
+    def search(self, queries_QD: Vectors, k: int, *, only: Mask | None = None) -> tuple[Vectors, Ids]:
+        """Cosines (Q, k) and ids (Q, k) of the nearest rows, of those that `only` flags where it is given.
+
+        `queries_QD` are unit vectors; `only` flags live ids. Where there are fewer than k rows, the rest is
+        -inf and -1.
+        """
+        if only is not None:
+            chosen = np.flatnonzero(only)
+            if len(chosen) <= max(BRUTE_FORCE_ROWS, k) or not self.takes_selector:
+                return nearest(self.store.blocks(chosen), queries_QD, k)
+        if only is None and len(queries_QD) <= _QUERIES_AT_ONCE:
+            return self._plain(queries_QD, k)
+        answer: tuple[Any, Any] = (
+            np.full((len(queries_QD), k), -np.inf, np.float32),
+            np.full((len(queries_QD), k), -1, np.int64),
+        )
+        for start in range(0, len(queries_QD), _QUERIES_AT_ONCE):
+            queries = np.ascontiguousarray(queries_QD[start : start + _QUERIES_AT_ONCE])
+            found = self._plain(queries, k) if only is None else self._widening(queries, k, only)
+            for whole, part in zip(answer, found, strict=True):
+                whole[start : start + len(queries)] = part
+        return answer
+
+    def with_settings(self, settings: Settings) -> Engine:
+        """The same index, searched otherwise."""
+        return Engine(self.index, self.store, settings, self.alive)
+
+    @cached_property
+    def takes_selector(self) -> bool:
+        """Whether FAISS can leave out rows of this type while it searches."""
+        probe, nothing = np.ones((1, self.store.dim), np.float32), _selector(np.zeros(1, np.bool_))
+        try:
+            self._faiss(probe, 1, self.settings, nothing)
+        except RuntimeError:
+            return False
+        return True
+
+    @property
+    def ranks_again(self) -> bool:
+        """Whether exact vectors rank candidates here; FAISS's Refine types do so themselves."""
+        return self.settings.k_factor > 0 and not isinstance(_bare(self.index), faiss.IndexRefine)
+
+    def candidates(self, queries_QD: Vectors, number: int) -> tuple[Vectors, Ids]:
+        """What FAISS finds by what it keeps: scores and ids (Q, number)."""
+        return self._faiss(queries_QD, number, self.settings, self._live)
+
+    def _plain(self, queries: Vectors, k: int) -> tuple[Vectors, Ids]:
+        return self._ranked(queries, k, self.settings, self._live)
+
+    def _widening(self, queries: Vectors, k: int, only: Mask) -> tuple[Vectors, Ids]:
+        """Under a filter the lists near a query may hold few rows that pass, so more of them are read.
+
+        Twice as many each time, until the answer is complete and stays the same.
+        """
+        allowed = _selector(only)
+        if self.ivf is None or self.settings.nprobe is None:
+            return self._ranked(queries, k, self.settings, allowed)
+        num_lists, share = self.ivf.nlist, only.sum() / len(only)
+        nprobe = min(num_lists, math.ceil(self.settings.nprobe / share))
+        scores, ids = self._ranked(queries, k, replace(self.settings, nprobe=nprobe), allowed)
+        left = np.arange(len(queries))
+        while len(left) and nprobe < num_lists:
+            nprobe = min(num_lists, 2 * nprobe)
+            wider = self._ranked(queries[left], k, replace(self.settings, nprobe=nprobe), allowed)
+            changed = (wider[1] != ids[left]).any(axis=1) | (wider[1] < 0).any(axis=1)
+            scores[left], ids[left] = wider
+            left = left[changed]
+        return scores, ids
+
+    def _ranked(
+        self, queries: Vectors, k: int, settings: Settings, allowed: Any | None
+    ) -> tuple[Vectors, Ids]:
+        if not self.ranks_again:
+            return self._faiss(queries, k, settings, allowed)
+        number = min(num_candidates(settings, k), max(self.index.ntotal, k))
+        _, ids = self._faiss(queries, number, settings, allowed)
+        scores = cosines(self.store, queries, ids)
+        scores[ids < 0] = -np.inf
+        order = np.argsort(-scores, axis=1, kind="stable")[:, :k]
+        rows = np.arange(len(order))[:, None]
+        return scores[rows, order], ids[rows, order]
+
+    def _faiss(
+        self, queries: Vectors, k: int, settings: Settings, allowed: Any | None
+    ) -> tuple[Vectors, Ids]:
+        if settings is self.settings and allowed is self._live:
+            parameters = self._usual
+        else:
+            parameters = _parameters(self.index, settings, allowed)
+        scores, ids = self.index.search(np.ascontiguousarray(queries), k, params=parameters)
+        scores[ids < 0] = -np.inf
+        return scores, ids
+
+
+def open_faiss(path: Path, *, in_memory: bool) -> Any:
+    """The index of a file whose checksum was compared; its lists stay on disk unless `in_memory`."""
+    return faiss.read_index(str(path), 0 if in_memory else faiss.IO_FLAG_MMAP)
+
+
+def num_candidates(settings: Settings, k: int) -> int:
+    """How many candidates are ranked again for k neighbours."""
+    return math.ceil(settings.k_factor * max(k, MIN_NEIGHBOURS))
+
+
+def _parameters(index: Any, settings: Settings, selector: Any | None) -> Any:
+    """FAISS's parameters of one search of `index`, through whatever wraps its inner index."""
+    outer = faiss.downcast_index(index)
+    chosen = {} if selector is None else {"sel": selector}
+    if isinstance(outer, faiss.IndexIDMap):
+        return _parameters(outer.index, settings, selector)
+    if isinstance(outer, faiss.IndexPreTransform):
+        below = _parameters(outer.index, settings, selector)
+        return faiss.SearchParametersPreTransform(index_params=below)
+    if isinstance(outer, faiss.IndexRefine):
+        below = _parameters(outer.base_index, settings, selector)
+        return faiss.IndexRefineSearchParameters(
+            k_factor=settings.k_factor or outer.k_factor, base_index_params=below
+        )
+    if isinstance(outer, faiss.IndexIVF):
+        return faiss.SearchParametersIVF(nprobe=settings.nprobe or outer.nprobe, **chosen)
+    if isinstance(outer, faiss.IndexHNSW):
+        return faiss.SearchParametersHNSW(efSearch=settings.ef_search or outer.hnsw.efSearch, **chosen)
+    return faiss.SearchParameters(**chosen) if chosen else None
+
+
+def _selector(flags: Mask) -> Any:
+    return faiss.IDSelectorBitmap(np.packbits(flags, bitorder="little"))
+
+
+def _bare(index: Any) -> Any:
+    outer = faiss.downcast_index(index)
+    return _bare(outer.index) if isinstance(outer, faiss.IndexIDMap) else outer

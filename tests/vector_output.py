@@ -1,0 +1,73 @@
+"""Outputs with an index's worth of rows, made directly of commits."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from pipeline.commits import Commit, DataFile, write_commit
+from pipeline.shards import Shard
+from pipeline.storage import Storage, sha256_of
+
+Vectors = npt.NDArray[np.float32]
+
+
+def empty_output(folder: Path) -> Storage:
+    """An output that a run has begun, without a shard."""
+    storage = Storage(str(folder))
+    parts = {
+        "source": "nowhere",
+        "weights_sha256": "0",
+        "model_config": {},
+        "preprocessing": {},
+        "precision": "float32",
+        "embedding": "pooled",
+        "columns": {},
+    }
+    storage.write_bytes("fingerprint.json", json.dumps(parts).encode())
+    return storage
+
+
+def commit_vectors(
+    output: Storage,
+    name: str,
+    vectors: Vectors,
+    supersedes: tuple[str, ...] = (),
+    *,
+    image_ids: list[str] | None = None,
+    columns: dict[str, object] | None = None,
+) -> str:
+    """Commit `vectors` as the shard `name`, with ids `name#0`, `name#1`, ...; returns its stem.
+
+    `columns` are further columns of the embeddings, a value a row.
+    """
+    shard = Shard(
+        name, f"file:///nowhere/{name}", "webdataset", size=len(vectors), version=str(vectors.sum())
+    )
+    stem = shard.stem("fingerprint")
+    ids = image_ids or [f"{name}#{number}" for number in range(len(vectors))]
+    flat = pa.array(vectors.ravel().astype(np.float32))
+    table = pa.table(
+        {
+            "image_id": ids,
+            "shard": [name] * len(ids),
+            "key": [str(number) for number in range(len(ids))],
+            "embedding": pa.FixedSizeListArray.from_arrays(flat, vectors.shape[1]),
+            "label": [f"label of {image_id}" for image_id in ids],
+            **(columns or {}),
+        }
+    )
+    path = f"embeddings/{stem}.parquet"
+    with output.replacing(path) as local:
+        pq.write_table(table, local)
+        file = DataFile(path, len(ids), local.stat().st_size, sha256_of(local))
+    record = Commit(
+        stem, shard, "fingerprint", len(ids), len(ids), 0, {}, file, None, supersedes, "run", "2026-01-01"
+    )
+    write_commit(output, record)
+    return stem
