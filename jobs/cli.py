@@ -14,7 +14,10 @@ import typer
 
 from jobs.common import run_verb
 
-VERBS = ("classify", "extract", "plan", "status", "verify", "index", "search", "convert", "demo", "bench")
+VERBS = (
+    *("classify", "run", "extract", "plan", "status", "verify", "index", "search", "convert", "demo"),
+    "bench",
+)
 
 
 def main() -> None:

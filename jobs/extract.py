@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -17,6 +17,11 @@ from jobs.common import (
     speaks_json,
     stop_on_signals,
 )
+
+if TYPE_CHECKING:
+    from pipeline.config import Config
+    from pipeline.stop import Stop
+    from pipeline.tally import Tally
 
 SETTINGS: dict[str, object] = {}
 
@@ -33,13 +38,22 @@ def extract(
     """Embed every new image of the input and commit the results, shard by shard."""
     stop = stop_on_signals()
     set_up_logging(verbose=verbose)
-    from pipeline.extract import extract as run_extract
     from pipeline.load_config import load_config
-    from pipeline.progress import ProgressDisplay
-    from pipeline.report import log_summary, summarize
 
     settings = load_config(config, overrides or (), into=into)
     set_up_logging(verbose=verbose, log_format=settings.run.log_format)
+    tally = carry_out(settings, stop, verbose=verbose, next_step="index")
+    if stop.signum is not None:
+        raise typer.Exit(128 + stop.signum)
+    raise typer.Exit(INCOMPLETE if tally.stopped or tally.failed_shards else DONE)
+
+
+def carry_out(settings: Config, stop: Stop, *, verbose: bool, next_step: str | None) -> Tally:
+    """Extract, with a bar or log lines on the way and a summary at the end."""
+    from pipeline.extract import extract as run_extract
+    from pipeline.progress import ProgressDisplay
+    from pipeline.report import log_summary, summarize
+
     with ProgressDisplay(console) as progress:
         tally = run_extract(
             settings,
@@ -51,10 +65,8 @@ def extract(
     if speaks_json():
         log_summary(tally)
     else:
-        summarize(tally, console, next_step="index")
-    if stop.signum is not None:
-        raise typer.Exit(128 + stop.signum)
-    raise typer.Exit(INCOMPLETE if tally.stopped or tally.failed_shards else DONE)
+        summarize(tally, console, next_step=next_step)
+    return tally
 
 
 if __name__ == "__main__":

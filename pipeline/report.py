@@ -81,8 +81,29 @@ def write_report(output: Storage, tally: Tally, config: Config) -> None:
     values = report_values(tally, config)
     totals = _totals(output, tally)
     values["totals"] = totals.to_json() if totals else None
-    output.write_bytes(f"{REPORTS}/{tally.run}.json", json.dumps(values, indent=1).encode())
-    output.write_bytes(f"{REPORTS}/{tally.run}.html", report_page(values).encode())
+    _write(output, tally.run, values)
+
+
+def add_steps(output: Storage, run: str, steps: list[dict[str, Any]]) -> None:
+    """Put the steps of a nightly job into the report that its extract wrote, in both its forms."""
+    _write(output, run, read_report(output, run) | {"steps": steps})
+
+
+def _write(output: Storage, run: str, values: dict[str, Any]) -> None:
+    output.write_bytes(f"{REPORTS}/{run}.json", json.dumps(values, indent=1).encode())
+    output.write_bytes(f"{REPORTS}/{run}.html", report_page(values).encode())
+
+
+def read_report(output: Storage, run: str) -> dict[str, Any]:
+    """The report of a run. OutputError where the file is none."""
+    path = f"{REPORTS}/{run}.json"
+    try:
+        values: dict[str, Any] = json.loads(output.read_bytes(path))
+    except ValueError as error:
+        raise OutputError(
+            f"{output.url(path)}: not a report ({error}); delete it, nothing depends on it"
+        ) from error
+    return values
 
 
 def last_report(output: Storage) -> dict[str, Any] | None:
@@ -90,13 +111,7 @@ def last_report(output: Storage) -> dict[str, Any] | None:
     reports = [info.path for info in output.find(REPORTS) if info.path.endswith(".json")]
     if not reports:
         return None
-    try:
-        values: dict[str, Any] = json.loads(output.read_bytes(reports[-1]))
-    except ValueError as error:
-        raise OutputError(
-            f"{output.url(reports[-1])}: not a report ({error}); delete it, nothing depends on it"
-        ) from error
-    return values
+    return read_report(output, reports[-1].removeprefix(f"{REPORTS}/").removesuffix(".json"))
 
 
 def totals_in(report: dict[str, Any] | None) -> Totals | None:
@@ -177,8 +192,8 @@ def _field(path: Path, name: str) -> str:
     return next(values, "")
 
 
-def summarize(tally: Tally, console: Console, next_step: str) -> None:
-    """The last words of a run on the terminal: what there is, where, and what to do next."""
+def summarize(tally: Tally, console: Console, next_step: str | None) -> None:
+    """The last words of a run on the terminal: what there is, where, and what to do next, if anything."""
     table = Table(box=None, show_header=False, pad_edge=False)
     if tally.planned_shards:
         table.add_row("shards", f"{tally.committed_shards:,} of {tally.planned_shards:,} committed")
@@ -204,7 +219,7 @@ def summarize(tally: Tally, console: Console, next_step: str) -> None:
     elif not tally.planned_shards:
         other = "other " if tally.waiting_files or tally.ignored_shards else ""
         console.print(f"nothing to do: every {other}shard of the input is committed")
-    else:
+    elif next_step:
         console.print(f"next: cvt-pipeline {next_step} {escape(tally.output)}", highlight=False)
 
 

@@ -22,6 +22,7 @@ from pipeline.report_parts import (
     throughput,
 )
 from pipeline.report_style import PAGE, SCRIPT, STYLE
+from pipeline.steps import outcome
 
 MOST_ROWS = 50
 MOST_LABELS = 20
@@ -46,6 +47,7 @@ _MEANING = {
 def report_page(values: dict[str, Any]) -> str:
     """The page of a report."""
     sections = (
+        _section("Steps", _steps(values), "one after the other, each over what is committed", kind="wide"),
         _section("Throughput", _throughput(values), "images a second, over time", kind="wide"),
         _section("Time by stage", _stages(values), "seconds of work, of all workers together"),
         _section("Failed shards", _failed(values["shards"]["failed"]), "left out; tried by the next run"),
@@ -59,6 +61,7 @@ def report_page(values: dict[str, Any]) -> str:
     )
     return PAGE.format(
         run=safe(values["run"]),
+        verb="run" if "steps" in values else "extract",
         output=name(values["output"]),
         when=safe(f"{values['started_at'].replace('T', ' ').replace('+00:00', ' UTC')}"),
         verdict=_verdict(values),
@@ -77,11 +80,14 @@ def _section(title: str, content: str, note: str = "", *, kind: str = "") -> str
 
 
 def _verdict(values: dict[str, Any]) -> str:
-    failed = len(values["shards"]["failed"])
+    num_failed = len(values["shards"]["failed"])
+    failed = [f"{count(num_failed)} failed shard{'s' * (num_failed != 1)}"] if num_failed else []
+    later = values.get("steps", ())[1:]
+    failed += [f"{safe(step['step'])} failed" for step in later if step["status"] == "failed"]
     if values["stopped"]:
         kind, text = "bad", "stopped"
     elif failed:
-        kind, text = "bad", f"finished, {count(failed)} failed shard{'s' * (failed != 1)}"
+        kind, text = "bad", f"finished, {', '.join(failed)}"
     elif not values["shards"]["planned"]:
         kind, text = "idle", "nothing to do"
     else:
@@ -118,6 +124,18 @@ def _limit(values: dict[str, Any]) -> tuple[str, str]:
     if values["is_waiting"]:
         return "start-up", "and waiting"
     return safe(values["limiting_stage"]), "the stage to speed up"
+
+
+def _steps(values: dict[str, Any]) -> str:
+    rows = [
+        (
+            f"<b>{safe(step['step'])}</b><br><small>{name(outcome(step))}</small>",
+            safe(step["status"]),
+            clock(step["seconds"]),
+        )
+        for step in values.get("steps", ())
+    ]
+    return table(("step", "ended as", "time"), rows) if rows else ""
 
 
 def _throughput(values: dict[str, Any]) -> str:

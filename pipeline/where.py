@@ -1,18 +1,16 @@
 """`search --where`: the committed rows for which an SQL expression is true.
 
 Enters: an output, its committed files and one boolean expression over their columns. Leaves: image ids.
-An expression never becomes a statement: DuckDB parses it, each node of the tree is held against what a
-filter may consist of, and it is evaluated by a DuckDB without files, network, extensions and settings.
-Must not know: the index, commits and command lines.
+An expression never becomes a statement: DuckDB parses it, its tree may have only what a filter needs, and
+it is evaluated without files, network and extensions. Must not know: the index, commits, command lines.
 """
 
 from __future__ import annotations
 
 import json
-import threading
 import time
 from collections.abc import Sequence
-from concurrent.futures import Future, ThreadPoolExecutor, wait
+from concurrent.futures import ThreadPoolExecutor, wait
 from typing import Any
 
 import duckdb
@@ -35,6 +33,9 @@ _CONFIG: dict[str, str | bool | int | float | list[str]] = {
 }
 _READ_THREADS = 16
 _GRACE_S, _POLL_S = 2.0, 0.05
+_EXAMPLE = "it takes one boolean expression over the columns: --where \"label = 'cat' AND width > 500\""
+_TRY_CAST = "TRY_CAST gives NULL where a value does not convert"
+_VERIFY = "change it, or if a file cannot be read, see what cvt-pipeline verify says of it"
 
 # What an expression may consist of, by the names of DuckDB's parser. Nothing looks beyond the row, and no
 # value outgrows its arguments: DuckDB neither counts nor interrupts what a function does within a chunk of
@@ -43,8 +44,7 @@ _PARTS = """ BETWEEN CASE CAST COLLATE COLUMN_REF COMPARISON CONJUNCTION CONSTAN
     ARRAY_EXTRACT COMPARE_IN COMPARE_NOT_IN OPERATOR_COALESCE OPERATOR_IS_NOT_NULL OPERATOR_IS_NULL
     OPERATOR_NOT OPERATOR_NULLIF OPERATOR_TRY STRUCT_EXTRACT """
 _TYPES = """ bigint blob boolean date decimal double float hugeint int integer interval json numeric real
-    smallint string text time timestamp timestamptz tinyint ubigint uinteger usmallint utinyint uuid varchar
-    """
+    smallint string text time timestamp timestamptz tinyint ubigint uinteger uuid varchar """
 _FUNCTIONS = """ + - * / // % ** ^ & | ~ << >> @ ~~ !~~ ~~* !~~* ~~~ ^@ ->> abs array_length ceil contains
     date_diff date_part date_trunc day dayofweek ends_with epoch exp floor from_hex greatest hour if
     ilike_escape isfinite isinf isnan json_array_length json_contains json_exists json_extract
@@ -67,43 +67,44 @@ def matching_ids(
     SQL is DuckDB's: comparisons, AND, OR, NOT, IN (...), BETWEEN, LIKE, ILIKE, IS NULL, CASE, CAST to plain
     types, arithmetic and `_FUNCTIONS`. `sha256 = from_hex('9f86...')` finds an image by the hash of its
     bytes; `embedding[1] > 0` is of the first number; `json->>'$.author' = 'x'` looks into a JSON text;
-    regexp_matches(label, '^cat') takes RE2; `score > 0.9` compares in float32.
+    regexp_matches(label, '^cat') takes RE2; `score > 0.9` compares in float32, NaN above all numbers.
 
-    Raises SearchError for what is not one boolean expression over the columns, for one that fails at a row,
-    and for one that takes more than `timeout_s`, opening the files not counted.
+    Raises SearchError for what is not one boolean expression over the columns, fails at a row, or takes
+    more than `timeout_s`, opening the files not counted.
     """
     connection = duckdb.connect(":memory:", config=_CONFIG)
     named = _columns_in(connection, expression)
-    files = _open(output, commit_files)
+    with ThreadPoolExecutor(_READ_THREADS) as pool:
+        opened = pool.map(lambda path: _open(output, path), commit_files)
+    files = dict(zip(commit_files, opened, strict=True))
     deadline = time.monotonic() + timeout_s
-    while files:
-        rows = _rows(list(files.values()), named)
+    while there := {path: fragment for path, fragment in files.items() if fragment is not None}:
+        rows = _rows(list(there.values()), named)
         try:
             return _query(connection, rows, expression, deadline)
         except (TimeoutError, duckdb.InterruptException) as error:
             raise _refusal(f"took more than {timeout_s:g} s and was stopped") from error
         except duckdb.Error as error:
-            there = {path: fragment for path, fragment in files.items() if output.exists(path)}
-            if len(there) == len(files):
-                raise _failure(output, error) from error
-            files = there
+            files = {path: fragment for path, fragment in there.items() if output.exists(path)}
+            if len(files) == len(there):
+                remedy = _TRY_CAST if isinstance(error, duckdb.ConversionException) else _VERIFY
+                raise _refusal(f"fails: {error}", remedy) from error
     return pa.chunked_array([], pa.string())
 
 
-def _refusal(reason: str) -> SearchError:
-    example = "--where \"label = 'cat' AND width > 500\""
-    return SearchError(f"--where {reason}; it takes one boolean expression over the columns: {example}")
+def _refusal(reason: str, remedy: str = _EXAMPLE) -> SearchError:
+    return SearchError(f"--where {reason.splitlines()[0]}; {remedy}")
 
 
 def _columns_in(connection: duckdb.DuckDBPyConnection, expression: str) -> set[str]:
-    """The columns that it names; SearchError where it is more than an expression, or other than a filter."""
+    """The columns that it names; SearchError where it is not one expression, or not only a filter."""
     if not expression.strip():
         raise _refusal("is empty")
-    _parse(connection, f"({expression}\n)")  # so that none of its own clauses and semicolons passes ...
-    found, nodes = _parse(connection, expression)  # ... and here none of its own parentheses
+    _parse(connection, f"({expression}\n)")  # within parentheses it can add no clause and no statement ...
+    found, nodes = _parse(connection, expression)  # ... and without it can close none
     if found != {**_parse(connection, "TRUE")[0], "where_clause": found.get("where_clause")}:
         raise _refusal("goes on after its expression")
-    for node in nodes:
+    for node in reversed(nodes):  # the outermost first
         _check(node)
     return {node["column_names"][0] for node in nodes if node["class"] == "COLUMN_REF"}
 
@@ -122,9 +123,7 @@ def _parse(connection: duckdb.DuckDBPyConnection, condition: str) -> tuple[Any, 
     except RecursionError as error:
         raise _refusal("is nested too deeply") from error
     if parsed["error"]:
-        raise _refusal(f"is not understood ({_shorten(parsed['error_message'])})")
-    if len(parsed["statements"]) > 1:
-        raise _refusal("holds several statements")
+        raise _refusal(f"is not understood: {parsed['error_message']}")
     return parsed["statements"][0]["node"], nodes
 
 
@@ -133,8 +132,8 @@ def _check(node: dict[str, Any]) -> None:
     if part not in _PARTS.split():
         raise _refusal(f"takes no {part.lower()}")
     if part == "FUNCTION":
-        name = node["function_name"].lower()
-        if name not in _FUNCTIONS.split() or node["schema"] not in ("", "main"):
+        name = ".".join(filter(None, [node["schema"], node["function_name"].lower()]))
+        if name.removeprefix("main.") not in _FUNCTIONS.split():
             raise _refusal(f"takes no function {name}, but {' '.join(_FUNCTIONS.split())}")
     if part == "CAST":  # DuckDB 1 writes cast_type
         kind = node["type_expr"]["type_name"] if "type_expr" in node else node["cast_type"]["id"]
@@ -142,24 +141,17 @@ def _check(node: dict[str, Any]) -> None:
             raise _refusal(f"casts to no {kind}, but to {' '.join(_TYPES.split())}")
 
 
-def _open(output: Storage, paths: Sequence[str]) -> dict[str, ds.Fragment]:
-    """Those of the files that are there, with their footers."""
-    with ThreadPoolExecutor(_READ_THREADS) as pool:
-        opened = zip(paths, pool.map(lambda path: _fragment(output, path), paths), strict=True)
-        return {path: fragment for path, fragment in opened if fragment is not None}
-
-
-def _fragment(output: Storage, path: str) -> ds.Fragment | None:
-    place, unread = output.path(path), pa.schema([])  # given a schema, a data set reads no footer by itself
+def _open(output: Storage, path: str) -> ds.Fragment | None:
+    """The file with its footer; None where it has gone."""
     try:
         with output.failures(path):
-            (fragment,) = ds.dataset(place, unread, "parquet", output.fs).get_fragments()
+            [fragment] = ds.dataset(output.path(path), pa.schema([]), "parquet", output.fs).get_fragments()
             fragment.ensure_complete_metadata()
+            return fragment
     except FileNotFoundError:
         return None
     except pa.ArrowInvalid as error:
         raise SearchError(f"--where: {path} is damaged; run: cvt-pipeline verify {output.uri}") from error
-    return fragment
 
 
 def _rows(files: list[ds.Fragment], named: set[str]) -> ds.Dataset:
@@ -171,33 +163,29 @@ def _rows(files: list[ds.Fragment], named: set[str]) -> ds.Dataset:
     columns = named | {IMAGE_ID}
     if len({name.lower() for name in columns}) < len(columns):
         raise _refusal("names columns that differ in case alone, which SQL does not tell apart")
-    parts = [pa.schema([field for field in schema if field.name in columns]) for schema in schemas]
+    parts = [[field for field in schema if field.name in columns] for schema in schemas]
+    readable = [pa.schema([field.with_type(_readable(field.type)) for field in part]) for part in parts]
     try:
-        unified = pa.unify_schemas(parts, promote_options="permissive")
+        unified = pa.unify_schemas(readable, promote_options="permissive")
     except pa.ArrowTypeError as error:
         raise _refusal(f"names a column that is of another type in some files ({error})") from error
     return ds.FileSystemDataset(files, unified, ds.ParquetFileFormat())
 
 
+def _readable(kind: pa.DataType) -> pa.DataType:
+    """DuckDB knows no float16, alone or in vectors."""
+    if pa.types.is_fixed_size_list(kind):
+        return pa.list_(_readable(kind.value_type), kind.list_size)
+    return pa.float32() if pa.types.is_float16(kind) else kind
+
+
 def _query(
     connection: duckdb.DuckDBPyConnection, rows: ds.Dataset, expression: str, deadline: float
 ) -> pa.ChunkedArray:
-    """Evaluate it in a thread, which is left alone where it heeds no interrupt: DuckDB only looks for one
-    between chunks of rows. Raises TimeoutError."""
-    ids: Future[pa.ChunkedArray] = Future()
-
-    def evaluate() -> None:
-        try:
-            connection.register("rows", rows)
-            kind = str(connection.sql(f"SELECT ({expression}\n) FROM rows").types[0])
-            if kind != "BOOLEAN":
-                raise _refusal(f"is of type {kind}, not BOOLEAN")
-            found = connection.sql(f"SELECT {IMAGE_ID} FROM rows WHERE ({expression}\n)")
-            ids.set_result(found.to_arrow_table().column(0).cast(pa.string()))
-        except (duckdb.Error, SearchError) as error:
-            ids.set_exception(error)
-
-    threading.Thread(target=evaluate, daemon=True).start()
+    """What `_evaluate` returns. After a TimeoutError its thread stays until its chunk of rows is done."""
+    pool = ThreadPoolExecutor(1)
+    ids = pool.submit(_evaluate, connection, rows, expression)
+    pool.shutdown(wait=False)
     wait([ids], max(deadline - time.monotonic(), 0))
     while not ids.done() and time.monotonic() < deadline + _GRACE_S:
         connection.interrupt()  # again and again: one that comes between two queries is lost
@@ -205,14 +193,10 @@ def _query(
     return ids.result(0)
 
 
-def _failure(output: Storage, error: duckdb.Error) -> SearchError:
-    reason = _shorten(str(error))
-    if isinstance(error, duckdb.ConversionException):
-        reason += "; TRY_CAST gives NULL where a value does not convert"
-    elif not isinstance(error, duckdb.BinderException | duckdb.CatalogException):
-        reason += f"; whether a file is damaged tells cvt-pipeline verify {output.uri}"
-    return _refusal(f"fails ({reason})")
-
-
-def _shorten(message: str) -> str:
-    return message.strip().partition("\n")[0][:300]
+def _evaluate(connection: duckdb.DuckDBPyConnection, rows: ds.Dataset, expression: str) -> pa.ChunkedArray:
+    connection.register("rows", rows)
+    kind = str(connection.sql(f"SELECT ({expression}\n) FROM rows").types[0])
+    if kind != "BOOLEAN":
+        raise _refusal(f"is of type {kind}, not BOOLEAN")
+    found = connection.sql(f"SELECT {IMAGE_ID} FROM rows WHERE ({expression}\n)")
+    return found.to_arrow_table().column(0).cast(pa.string())

@@ -18,18 +18,23 @@ import pyarrow.parquet as pq
 
 from pipeline import schema
 from pipeline.commits import Commit
-from pipeline.errors import ConfigError, OutputError
+from pipeline.errors import OutputError
 from pipeline.index import lists, whole
 from pipeline.index.files import BUILD, INDEX, FileRef, fetch
 from pipeline.index.kinds import Choice, make, part_rows
 from pipeline.index.record import IndexRecord
 from pipeline.index.tasks import Runner, add_part
-from pipeline.index.truth import is_held_out
-from pipeline.index.vectors import Ids, Mask, Segment, ShardIds, VectorStore, Written, write_segment
+from pipeline.index.training import train
+from pipeline.index.vectors import (
+    Ids,
+    Mask,
+    Segment,
+    ShardIds,
+    VectorStore,
+    Written,
+    write_segment,
+)
 from pipeline.storage import Storage
-
-_KMEANS_ROUNDS = 10
-_OPQ_ROWS = 16_384
 
 
 @dataclass(frozen=True)
@@ -131,7 +136,7 @@ class Drafter:
                 whole.write_exact(store, live, local)
                 return FileRef.of(path, local), None
         trained = make(choice.factory, self.dim)
-        _train(trained, choice, store, live)
+        train(trained, choice, store, live)
         if lists.ivf_of(trained) is not None:
             parts = self._parts(trained, segments)
             return self._merged(parts, np.ones(len(live), np.bool_))
@@ -269,28 +274,3 @@ def _numbered(written: Sequence[Written], next_id: int) -> tuple[tuple[ShardIds,
 
 def _excluded(written: Sequence[Written]) -> dict[str, int]:
     return {stem: count for piece in written for stem, count in piece.excluded if count}
-
-
-def _train(index: faiss.Index, choice: Choice, store: VectorStore, live: Ids) -> None:
-    """Train on a random sample over all rows but the held-out ones."""
-    if index.is_trained:
-        return
-    eligible = live[~is_held_out(live)]
-    size = min(choice.num_training, len(eligible))
-    sample = store.take(np.sort(np.random.default_rng(0).choice(eligible, size, replace=False)))
-    ivf = lists.ivf_of(index)
-    if ivf is not None:
-        ivf.cp.niter = _KMEANS_ROUNDS
-    outer = faiss.downcast_index(index)
-    if isinstance(outer, faiss.IndexPreTransform):
-        for number in range(outer.chain.size()):
-            transform = faiss.downcast_VectorTransform(outer.chain.at(number))
-            if isinstance(transform, faiss.OPQMatrix):  # its default takes as long as all the rest
-                transform.niter, transform.max_train_points = _KMEANS_ROUNDS, _OPQ_ROWS
-    try:
-        index.train(sample)
-    except RuntimeError as error:
-        raise ConfigError(
-            f"index.type: {choice.factory} cannot be trained on {size:,} vectors "
-            f"({str(error).rpartition(': ')[2].strip()}); index.type=auto takes what suits their number"
-        ) from error

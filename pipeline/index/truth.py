@@ -93,7 +93,9 @@ def make_truth(store: VectorStore, alive: Mask) -> Truth:
         eligible = live
     rng = np.random.default_rng(len(live))
     queries = np.sort(rng.choice(eligible, min(NUM_QUERIES, len(eligible)), replace=False))
-    scores, ids = nearest(store.blocks(live), store.take(queries), DEPTH + 1)
+    scores, ids = nearest(
+        store.blocks(None if len(live) == len(alive) else live), store.take(queries), DEPTH + 1
+    )
     scores, ids = without_self(queries, scores, ids)
     floor = np.where(ids[:, -1] >= 0, scores[:, -1], np.float32(-np.inf))
     return Truth(queries, ids, scores, floor)

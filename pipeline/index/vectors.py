@@ -24,7 +24,7 @@ from pipeline.errors import OutputError
 from pipeline.index.files import BUILD, VECTORS, FileRef
 from pipeline.storage import Storage
 
-_BATCH_ROWS = 8192
+_BATCH_ROWS, _READ_BYTES = 4096, 1 << 20
 BLOCK_ROWS = 16_384
 _FEW = 128
 
@@ -83,8 +83,9 @@ def usable(vectors: Vectors) -> Mask:
 def read_vectors(output: Storage, commit_file: str) -> Iterator[tuple[pa.Array, Vectors]]:
     """The ids and embeddings (N, D) of a committed file, in batches."""
     with output.open(commit_file) as stream:
-        parquet = pq.ParquetFile(stream)
-        for batch in parquet.iter_batches(_BATCH_ROWS, columns=[schema.IMAGE_ID, "embedding"]):
+        parquet = pq.ParquetFile(stream, buffer_size=_READ_BYTES)  # else whole row groups are in memory
+        columns = [schema.IMAGE_ID, "embedding"]
+        for batch in parquet.iter_batches(_BATCH_ROWS, columns=columns, use_threads=False):
             column = batch.column("embedding")
             flat = column.flatten().to_numpy(zero_copy_only=False)
             vectors = flat.reshape(len(column), column.type.list_size).astype(np.float32)
@@ -130,6 +131,7 @@ def write_segment(output: Storage, build: str, name: str, commits: tuple[Commit,
         size = target.tell()
         writer.close()
         ids = FileRef.of(ids_path, ids_file)
+    pa.default_memory_pool().release_unused()
     return Written(FileRef(vectors_path, size, digest.hexdigest()), ids, tuple(rows), tuple(excluded))
 
 
@@ -146,7 +148,7 @@ class VectorStore:
     def take(self, ids: Ids) -> Vectors:
         """The vectors (N, D) of these ids, in their order."""
         if len(self.segments) == 1:
-            return self.rows(0)[ids - self._starts[0]]
+            return np.asarray(self.rows(0)[ids - self._starts[0]])
         places = np.searchsorted(self._starts, ids, side="right") - 1
         taken = np.empty((len(ids), self.dim), np.float32)
         if len(ids) <= _FEW:  # the candidates of one query: quicker one by one

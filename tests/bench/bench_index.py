@@ -356,9 +356,10 @@ def arguments(words: list[str]) -> argparse.Namespace:
     if options.autofaiss_python and not shutil.which(options.autofaiss_python):
         parser.error(f"--autofaiss-python: there is no {options.autofaiss_python}")
     try:
-        options.budget_bytes = IndexConfig(memory_budget=options.memory_budget).memory_budget
+        config = IndexConfig(memory_budget=options.memory_budget, target_recall=options.target_recall)
     except ValidationError as error:
-        parser.error(f"--memory-budget: {error.errors()[0]['msg']}")
+        parser.error(f"{error.errors()[0]['loc'][0]}: {error.errors()[0]['msg']}")
+    options.budget_bytes = config.memory_budget
     return options
 
 
