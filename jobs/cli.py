@@ -15,8 +15,8 @@ import typer
 from jobs.common import run_verb
 
 VERBS = (
-    *("classify", "run", "extract", "plan", "status", "verify", "index", "search", "convert", "demo"),
-    "bench",
+    *("classify", "run", "extract", "plan", "status", "verify", "index", "search", "dedup"),
+    *("convert", "demo", "bench"),
 )
 
 

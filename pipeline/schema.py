@@ -94,6 +94,24 @@ INDEX_IDS = pa.schema(
     ]
 )
 
+SEARCH_HITS = pa.schema(
+    [
+        pa.field("query", pa.string(), nullable=False),
+        pa.field("rank", pa.int32(), nullable=False),  # from 1
+        pa.field(IMAGE_ID, pa.string(), nullable=False),
+        pa.field("score", pa.float32(), nullable=False),  # cosine
+    ]
+)
+
+DUPLICATES = pa.schema(
+    [
+        pa.field("group", pa.int64(), nullable=False),  # 0 is the largest
+        pa.field(IMAGE_ID, pa.string(), nullable=False),
+        pa.field("similarity", pa.float32(), nullable=False),  # cosine to the representative
+        pa.field("representative", pa.bool_(), nullable=False),  # the one with the most pixels
+    ]
+)
+
 TRUTH = pa.schema(
     [
         pa.field("query", pa.int64(), nullable=False),  # faiss id of an indexed row

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from bisect import bisect_right
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
@@ -119,11 +119,30 @@ class Searcher:
 
     def vectors_of(self, image_ids: Sequence[str]) -> Vectors:
         """The unit vectors (N, D) of indexed images, by their ids."""
-        places = pc.index_in(pa.array(image_ids, pa.string()), value_set=self._names)
-        if places.null_count:
-            missing = image_ids[places.is_null().index(True).as_py()]
+        found = self.faiss_ids_of(pa.array(image_ids, pa.string()))
+        if (found < 0).any():
+            missing = image_ids[int(np.argmin(found))]
             raise SearchError(f"no image {missing} in the index of {self._output.uri}; ids are exact")
-        return self.engine.store.take(self._faiss_ids[places.to_numpy()])
+        return self.engine.store.take(found)
+
+    def faiss_ids_of(self, image_ids: pa.Array) -> Ids:
+        """The faiss ids (N,) of images, -1 for those that are not in the index."""
+        places = pc.fill_null(pc.index_in(image_ids, value_set=self._names), -1).to_numpy()
+        return np.where(places < 0, -1, self._faiss_ids[places])
+
+    def hits_of(self, scores: Mapping[str, float]) -> list[Hit]:
+        """Hits for images whose scores are known, in their order."""
+        ids = self.faiss_ids_of(pa.array(list(scores), pa.string()))
+        return self._hits(ids.tolist(), list(scores.values()))
+
+    def ids_of_shard(self, stem: str) -> tuple[pa.Array, Ids]:
+        """The images of one commit that are in the index: their ids, and their faiss ids (N,)."""
+        shard = next((shard for shard in self.record.shards if shard.stem == stem), None)
+        if shard is None:
+            return self._names[:0], self._faiss_ids[:0]
+        first = int(np.searchsorted(self._faiss_ids, shard.first_id))
+        some = slice(first, first + shard.num_vectors)
+        return self._names[some], self._faiss_ids[some]
 
     @property
     def image_ids(self) -> list[str]:
@@ -161,10 +180,9 @@ class Searcher:
         """Which faiss ids the images have for which `where` is true; kept for the next query."""
         if where not in self._masks:
             files = [f"{EMBEDDINGS}/{shard.stem}.parquet" for shard in self.record.shards]
-            names = matching_ids(self._output, files, where)
-            places = pc.index_in(names, value_set=self._names).drop_null()
+            found = self.faiss_ids_of(matching_ids(self._output, files, where))
             mask = np.zeros(self.record.next_id, np.bool_)
-            mask[self._faiss_ids[places.to_numpy()]] = True
+            mask[found[found >= 0]] = True
             self._masks = {where: mask}
         return self._masks[where]
 

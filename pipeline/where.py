@@ -34,8 +34,7 @@ _CONFIG: dict[str, str | bool | int | float | list[str]] = {
 _READ_THREADS = 16
 _GRACE_S, _POLL_S = 2.0, 0.05
 _EXAMPLE = "it takes one boolean expression over the columns: --where \"label = 'cat' AND width > 500\""
-_TRY_CAST = "TRY_CAST gives NULL where a value does not convert"
-_VERIFY = "change it, or if a file cannot be read, see what cvt-pipeline verify says of it"
+_CHANGE_IT = "use TRY_CAST where a value may not convert; if a file is damaged, cvt-pipeline verify tells"
 
 # What an expression may consist of, by the names of DuckDB's parser. Nothing looks beyond the row, and no
 # value outgrows its arguments: DuckDB neither counts nor interrupts what a function does within a chunk of
@@ -87,8 +86,7 @@ def matching_ids(
         except duckdb.Error as error:
             files = {path: fragment for path, fragment in there.items() if output.exists(path)}
             if len(files) == len(there):
-                remedy = _TRY_CAST if isinstance(error, duckdb.ConversionException) else _VERIFY
-                raise _refusal(f"fails: {error}", remedy) from error
+                raise _refusal(f"fails: {error}", _CHANGE_IT) from error
     return pa.chunked_array([], pa.string())
 
 
@@ -100,21 +98,19 @@ def _columns_in(connection: duckdb.DuckDBPyConnection, expression: str) -> set[s
     """The columns that it names; SearchError where it is not one expression, or not only a filter."""
     if not expression.strip():
         raise _refusal("is empty")
-    _parse(connection, f"({expression}\n)")  # within parentheses it can add no clause and no statement ...
-    found, nodes = _parse(connection, expression)  # ... and without it can close none
-    if found != {**_parse(connection, "TRUE")[0], "where_clause": found.get("where_clause")}:
-        raise _refusal("goes on after its expression")
+    _parse(connection, f"({expression}\n)")  # in parentheses no clause and no statement can follow it ...
+    nodes = _parse(connection, expression)  # ... and without them it can close none
     for node in reversed(nodes):  # the outermost first
         _check(node)
     return {node["column_names"][0] for node in nodes if node["class"] == "COLUMN_REF"}
 
 
-def _parse(connection: duckdb.DuckDBPyConnection, condition: str) -> tuple[Any, list[Any]]:
-    """DuckDB's tree of a statement with this condition, and every node of the expressions in it."""
+def _parse(connection: duckdb.DuckDBPyConnection, condition: str) -> list[dict[str, Any]]:
+    """The nodes of DuckDB's tree of a query that ends with this condition, each after those within it."""
     statement, nodes = f"SELECT 1 FROM rows WHERE {condition}\n", []
 
     def collect(item: dict[str, Any]) -> dict[str, Any]:
-        nodes.extend([item] if "class" in item else [])
+        nodes.append(item)
         return item
 
     (row,) = connection.execute("SELECT json_serialize_sql(?)", [statement]).fetchall()
@@ -124,7 +120,7 @@ def _parse(connection: duckdb.DuckDBPyConnection, condition: str) -> tuple[Any, 
         raise _refusal("is nested too deeply") from error
     if parsed["error"]:
         raise _refusal(f"is not understood: {parsed['error_message']}")
-    return parsed["statements"][0]["node"], nodes
+    return [node for node in nodes if "class" in node]
 
 
 def _check(node: dict[str, Any]) -> None:

@@ -109,13 +109,13 @@ class Night:
         self.extracts_report = self.report
         return self.tally
 
-    def run(self, sections: str = "index: {}\ndedup: {threshold: 0.9}\n") -> int:
+    def run(self, sections: str = "index: {}\ndedup: {threshold: 0.9}\n", *overrides: str) -> int:
         """The exit code of `run` with these sections in the config."""
         places = f"input: {{uri: {self.folder}/in}}\noutput: {{uri: {self.folder}/out}}\n"
         (self.folder / "c.yaml").write_text(places + "model: {checkpoint: m}\n" + sections)
         app = typer.Typer()
         app.command()(jobs.run.run)
-        done = CliRunner().invoke(app, [str(self.folder / "c.yaml")])
+        done = CliRunner().invoke(app, [str(self.folder / "c.yaml"), *overrides])
         if done.exception and not isinstance(done.exception, SystemExit):
             raise done.exception
         return done.exit_code
@@ -214,14 +214,30 @@ def test_a_step_whose_section_the_config_lacks_is_none(
     assert night.called == wanted[1:]
 
 
+def test_a_step_is_left_out_for_once_on_the_command_line(night: Night) -> None:
+    assert night.run("index: {}\ndedup: {}\n", "dedup=null") == 0
+    assert list(night.ended) == ["extract", "index"]
+
+
 def test_each_step_gets_its_own_section(night: Night) -> None:
     given: list[Any] = []
     build = pipeline.index.build.build_index
-    night.index_is(lambda output, config: given.append(config) or build(output, config))
-    night.dedup_is(lambda output, config: given.append(config) or Found())
+
+    def index(output: Storage, config: Any) -> Any:
+        given.append(config)
+        return build(output, config)
+
+    def dedup(output: Storage, config: Any) -> Any:
+        given.append(config)
+        return Found()
+
+    night.index_is(index)
+    night.dedup_is(dedup)
     night.run("index: {keep_versions: 7}\ndedup: {threshold: 0.5}\n")
-    index, dedup = given
-    assert (index.keep_versions, dedup.threshold) == (7, 0.5)
+    assert [section.model_dump(exclude_unset=True) for section in given] == [
+        {"keep_versions": 7},
+        {"threshold": 0.5},
+    ]
 
 
 def test_a_line_for_each_later_step_follows_the_extracts_summary(night: Night) -> None:
@@ -330,22 +346,26 @@ def test_a_bug_in_a_step_leaves_the_report_with_what_ended_before(night: Night) 
     assert night.ended == {"extract": "done", "index": "done"}
 
 
-def test_a_night_on_real_images_ends_with_an_index_that_answers(tiny_model: Path, tmp_path: Path) -> None:
-    write_tar(tmp_path / "in/good.tar", [(f"{n}.png", encode(make_image(n))) for n in range(4)])
+def test_a_night_on_real_images_ends_with_an_index_that_answers_and_groups(
+    tiny_model: Path, tmp_path: Path
+) -> None:
+    images = [(f"{n}.png", encode(make_image(n))) for n in range(4)]
+    write_tar(tmp_path / "in/good.tar", [*images, ("twin.png", images[2][1])])
     (tmp_path / "in/bad.tar").write_bytes(b"x" * 2000)
     config = make_config(tmp_path / "in", tiny_model, tmp_path / "out")
     write_config(tmp_path / "c.yaml", config)
     env = {"CVT_PIPELINE__RUN__LOG_FORMAT": "json"}
-    words = ["index.type=exact", "dedup=null", "--into", "new"]
+    words = ["index.type=exact", "dedup.threshold=1", "--into", "new"]
     done = cli("run", tmp_path / "c.yaml", *words, env=env)
     assert (done.returncode, done.stdout) == (3, ""), done.stderr
     (path,) = (tmp_path / "new/reports").glob("*.json")
     report = json.loads(path.read_text())
     assert list(report["shards"]["failed"]) == ["bad.tar"]
-    extract, index = report["steps"]
-    assert (extract["status"], index["status"], index["num_vectors"]) == ("failed", "done", 4)
+    extract, index, dedup = report["steps"]
+    assert (extract["status"], index["status"], index["num_vectors"]) == ("failed", "done", 5)
+    assert (dedup["status"], dedup["groups"], dedup["removable"]) == ("done", 1, 1)
     assert (tmp_path / "new/index/CURRENT").read_text() == index["version"]
     last = json.loads(done.stderr.splitlines()[-1])
-    assert (last["logger"], last["values"]) == ("jobs", index)
-    found = cli("search", tmp_path / "new", "--id", "good.tar#2", "-k", "1", "--json")
-    assert json.loads(found.stdout)[0]["hits"][0]["image_id"] == "good.tar#2"
+    assert (last["logger"], last["values"]) == ("jobs", dedup)
+    found = cli("search", tmp_path / "new", "--id", "good.tar#3", "-k", "1", "--json")
+    assert json.loads(found.stdout)[0]["hits"][0]["image_id"] == "good.tar#3"

@@ -44,28 +44,32 @@ class Engine:
             if isinstance(lists, faiss.OnDiskInvertedLists):
                 lists.prefetch_nthread = 0  # else every search starts threads of its own
 
-    def search(self, queries_QD: Vectors, k: int, *, only: Mask | None = None) -> tuple[Vectors, Ids]:
+    def search(
+        self, queries_QD: Vectors, k: int, *, only: Mask | None = None, widen: bool = True
+    ) -> tuple[Vectors, Ids]:
         """Cosines (Q, k) and ids (Q, k) of the nearest rows, of those that `only` flags where it is given.
 
         `queries_QD` are unit vectors; `only` flags live ids. Where there are fewer than k rows, the rest is
-        -inf and -1.
+        -inf and -1. Without `widen` a filter does not make the search read more lists.
         """
+        selector, share = self._live, 1.0
         if only is not None:
             chosen = np.flatnonzero(only)
             if len(chosen) <= max(BRUTE_FORCE_ROWS, k) or not self.takes_selector:
                 return nearest(self.store.blocks(chosen), queries_QD, k)
-        if only is None and len(queries_QD) <= _QUERIES_AT_ONCE:
-            return self._plain(queries_QD, k)
-        answer: tuple[Any, Any] = (
-            np.full((len(queries_QD), k), -np.inf, np.float32),
-            np.full((len(queries_QD), k), -1, np.int64),
+            selector, share = _selector(only), len(chosen) / len(only)
+        answers = []
+        for start in range(0, max(len(queries_QD), 1), _QUERIES_AT_ONCE):
+            queries = queries_QD[start : start + _QUERIES_AT_ONCE]
+            if only is None or not widen:
+                answers.append(self._ranked(queries, k, self.settings, selector))
+            else:
+                answers.append(self._widening(queries, k, selector, share))
+        if len(answers) == 1:
+            return answers[0]
+        return np.concatenate([scores for scores, _ in answers]), np.concatenate(
+            [ids for _, ids in answers]
         )
-        for start in range(0, len(queries_QD), _QUERIES_AT_ONCE):
-            queries = np.ascontiguousarray(queries_QD[start : start + _QUERIES_AT_ONCE])
-            found = self._plain(queries, k) if only is None else self._widening(queries, k, only)
-            for whole, part in zip(answer, found, strict=True):
-                whole[start : start + len(queries)] = part
-        return answer
 
     def with_settings(self, settings: Settings) -> Engine:
         """The same index, searched otherwise."""
@@ -90,18 +94,14 @@ class Engine:
         """What FAISS finds by what it keeps: scores and ids (Q, number)."""
         return self._faiss(queries_QD, number, self.settings, self._live)
 
-    def _plain(self, queries: Vectors, k: int) -> tuple[Vectors, Ids]:
-        return self._ranked(queries, k, self.settings, self._live)
-
-    def _widening(self, queries: Vectors, k: int, only: Mask) -> tuple[Vectors, Ids]:
+    def _widening(self, queries: Vectors, k: int, allowed: Any, share: float) -> tuple[Vectors, Ids]:
         """Under a filter the lists near a query may hold few rows that pass, so more of them are read.
 
-        Twice as many each time, until the answer is complete and stays the same.
+        Twice as many each time, until the answer is complete and stays the same. `share` of all rows pass.
         """
-        allowed = _selector(only)
         if self.ivf is None or self.settings.nprobe is None:
             return self._ranked(queries, k, self.settings, allowed)
-        num_lists, share = self.ivf.nlist, only.sum() / len(only)
+        num_lists = self.ivf.nlist
         nprobe = min(num_lists, math.ceil(self.settings.nprobe / share))
         scores, ids = self._ranked(queries, k, replace(self.settings, nprobe=nprobe), allowed)
         left = np.arange(len(queries))

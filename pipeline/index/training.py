@@ -1,4 +1,4 @@
-"""Training: from a random sample over all rows, none of them held out, within the memory that was planned."""
+"""Training: from a random sample over all rows, none of them held out, within the memory planned."""
 
 from __future__ import annotations
 
