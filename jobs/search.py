@@ -41,7 +41,8 @@ def search(
     kinds = {"--image": image, "--id": image_id, "--ids": ids, "--vector": vector}
     if sum(value is not None for value in kinds.values()) != 1:
         raise ConfigError(
-            "give one kind of query: --image FILE, URL or folder, --id ID, --ids FILE.txt, or --vector FILE.npy"
+            "give one kind of query: --image FILE, URL or folder, --id ID, --ids FILE.txt, "
+            "or --vector FILE.npy"
         )
     if to is not None and (html is not None or as_json):
         raise ConfigError("--to writes hits into a Parquet file; --html and --json print them: give one")

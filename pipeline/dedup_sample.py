@@ -36,7 +36,7 @@ def write_sample(output: Storage, path: Path, input_options: Mapping[str, Any]) 
         if other is not None:
             pairs.append((min(other[1], 1.0), name, other[0]))
     rows, counts, originals = [], {}, Originals(output, input_options)
-    for upper, lower in zip((float("inf"), *BANDS), BANDS, strict=False):
+    for upper, lower in zip((float("inf"), *BANDS[:-1]), BANDS, strict=True):
         band = [pair for pair in pairs if lower <= pair[0] < upper]
         counts[f"{lower}"] = len(band)
         for score, name, other in [band[n] for n in rng.permutation(len(band))[:PAIRS_PER_BAND]]:

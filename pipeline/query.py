@@ -1,4 +1,4 @@
-"""Queries from people and programs: images, ids or vectors in, hits out, as JSON, as a page or as Parquet."""
+"""Queries: images, ids or vectors in, hits out, as JSON, as a page or as Parquet."""
 
 from __future__ import annotations
 
@@ -191,9 +191,8 @@ def write_hits(
                 for name, hits in zip(names, found, strict=True)
                 for rank, (image_id, score) in enumerate(hits, 1)
             ]
-            columns = list(zip(*rows, strict=True)) or [[]] * 4
-            arrays = [pa.array(c, f.type) for c, f in zip(columns, schema.SEARCH_HITS, strict=True)]
-            writer.write_table(pa.table(arrays, schema.SEARCH_HITS))
+            named = [dict(zip(schema.SEARCH_HITS.names, row, strict=True)) for row in rows]
+            writer.write_table(pa.Table.from_pylist(named, schema.SEARCH_HITS))
             counts[0] += len(names)
             counts[1] += len(rows)
     return counts[0], counts[1]
@@ -209,10 +208,10 @@ def _batches(
         names = queries.image_ids[start : start + _QUERIES_AT_ONCE]
         yield names, searcher.vectors_of(names)
     if queries.vectors is not None:
-        names, vectors = read_vectors_file(queries.vectors)
-        for start in range(0, len(names), _QUERIES_AT_ONCE):
+        of_rows, vectors = read_vectors_file(queries.vectors)
+        for start in range(0, len(of_rows), _QUERIES_AT_ONCE):
             some = slice(start, start + _QUERIES_AT_ONCE)
-            yield names[some], vectors[some]
+            yield of_rows[some], vectors[some]
 
 
 def _images_at(uri: str, output: Storage) -> list[str]:

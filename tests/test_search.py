@@ -9,7 +9,7 @@ import pytest
 
 from pipeline.errors import SearchError
 from pipeline.index.build import build_index
-from pipeline.query import read_query, read_vector
+from pipeline.query import read_query, read_vectors_file
 from pipeline.search import Searcher
 from pipeline.storage import Storage
 from tests.test_index import DIM, commit_vectors, output, random_vectors
@@ -86,11 +86,12 @@ def test_a_vector_file_is_read_without_ever_unpickling(tmp_path: Path) -> None:
     np.save(pickled, np.array([{"a": 1}], dtype=object), allow_pickle=True)
     np.save(wide, np.ones((2, DIM)))
 
-    assert read_vector(good).tolist() == list(range(DIM))
+    names, vectors = read_vectors_file(good)
+    assert names == [str(good)]
+    assert vectors.tolist() == [list(range(DIM))]
+    assert read_vectors_file(wide)[0] == [f"{wide}#0", f"{wide}#1"]
     with pytest.raises(SearchError, match=r"cannot read the query vector"):
-        read_vector(pickled)
-    with pytest.raises(SearchError, match="expected one vector"):
-        read_vector(wide)
+        read_vectors_file(pickled)
 
 
 def test_a_query_image_that_is_not_there_is_named(tmp_path: Path) -> None:

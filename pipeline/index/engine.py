@@ -61,10 +61,7 @@ class Engine:
         answers = []
         for start in range(0, max(len(queries_QD), 1), _QUERIES_AT_ONCE):
             queries = queries_QD[start : start + _QUERIES_AT_ONCE]
-            if only is None or not widen:
-                answers.append(self._ranked(queries, k, self.settings, selector))
-            else:
-                answers.append(self._widening(queries, k, selector, share))
+            answers.append(self._widening(queries, k, selector, share, filtered=only is not None and widen))
         if len(answers) == 1:
             return answers[0]
         return np.concatenate([scores for scores, _ in answers]), np.concatenate(
@@ -94,23 +91,31 @@ class Engine:
         """What FAISS finds by what it keeps: scores and ids (Q, number)."""
         return self._faiss(queries_QD, number, self.settings, self._live)
 
-    def _widening(self, queries: Vectors, k: int, allowed: Any, share: float) -> tuple[Vectors, Ids]:
-        """Under a filter the lists near a query may hold few rows that pass, so more of them are read.
+    def _widening(
+        self, queries: Vectors, k: int, allowed: Any, share: float, *, filtered: bool
+    ) -> tuple[Vectors, Ids]:
+        """Search, and read twice as many lists as long as an answer is incomplete.
 
-        Twice as many each time, until the answer is complete and stays the same. `share` of all rows pass.
+        Under a filter, which a `share` of the rows pass, the lists near a query may hold few of those: then
+        an answer must also stay the same when twice as many lists are read.
         """
-        if self.ivf is None or self.settings.nprobe is None:
-            return self._ranked(queries, k, self.settings, allowed)
-        num_lists = self.ivf.nlist
-        nprobe = min(num_lists, math.ceil(self.settings.nprobe / share))
-        scores, ids = self._ranked(queries, k, replace(self.settings, nprobe=nprobe), allowed)
-        left = np.arange(len(queries))
+        settings = self.settings
+        if self.ivf is None or settings.nprobe is None:
+            return self._ranked(queries, k, settings, allowed)
+        nprobe, num_lists = settings.nprobe, self.ivf.nlist
+        if filtered:
+            nprobe = min(num_lists, math.ceil(nprobe / share))
+            settings = replace(settings, nprobe=nprobe)
+        scores, ids = self._ranked(queries, k, settings, allowed)
+        left = np.arange(len(ids)) if filtered else np.flatnonzero(ids[:, -1] < 0)
         while len(left) and nprobe < num_lists:
             nprobe = min(num_lists, 2 * nprobe)
-            wider = self._ranked(queries[left], k, replace(self.settings, nprobe=nprobe), allowed)
-            changed = (wider[1] != ids[left]).any(axis=1) | (wider[1] < 0).any(axis=1)
+            wider = self._ranked(queries[left], k, replace(settings, nprobe=nprobe), allowed)
+            incomplete = wider[1][:, -1] < 0
+            if filtered:
+                incomplete |= (wider[1] != ids[left]).any(axis=1)
             scores[left], ids[left] = wider
-            left = left[changed]
+            left = left[incomplete]
         return scores, ids
 
     def _ranked(

@@ -144,7 +144,7 @@ def is_whole(output: Storage, record: IndexRecord) -> bool:
 
 def read_ids(output: Storage, record: IndexRecord) -> pa.Table:
     """INDEX_IDS of a record: the live vectors, in the order of faiss_id."""
-    path = fetch(output, record.ids)
+    path = fetch(output, record.ids, check=True)
     try:
         ids = pq.read_table(path, use_threads=False, schema=schema.INDEX_IDS)
     except pa.ArrowException as error:
