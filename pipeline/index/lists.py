@@ -8,8 +8,9 @@ index once, and no memory in proportion to it.
 
 from __future__ import annotations
 
+import contextlib
 import struct
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -98,12 +99,26 @@ def _assign(ivf: Any, vectors: Vectors) -> Ids:
 
 
 def _transformed(index: Any, vectors: Vectors) -> Vectors:
+    """The rows as the inner index takes them; on one thread, so that every build rounds alike."""
     outer = faiss.downcast_index(index)
     rows = np.ascontiguousarray(vectors)
     if isinstance(outer, faiss.IndexPreTransform):
-        for number in range(outer.chain.size()):
-            rows = np.ascontiguousarray(faiss.downcast_VectorTransform(outer.chain.at(number)).apply(rows))
+        with one_thread():
+            for number in range(outer.chain.size()):
+                transform = faiss.downcast_VectorTransform(outer.chain.at(number))
+                rows = np.ascontiguousarray(transform.apply(rows))
     return rows
+
+
+@contextlib.contextmanager
+def one_thread() -> Iterator[None]:
+    """FAISS on one thread."""
+    before = faiss.omp_get_max_threads()
+    faiss.omp_set_num_threads(1)
+    try:
+        yield
+    finally:
+        faiss.omp_set_num_threads(before)
 
 
 def _codes(ivf: Any, number: int) -> Any:

@@ -8,7 +8,6 @@ corpus drifts.
 
 from __future__ import annotations
 
-import contextlib
 import time
 from collections.abc import Iterator
 from dataclasses import replace
@@ -19,6 +18,7 @@ import numpy as np
 
 from pipeline.index.brute_force import cosines
 from pipeline.index.engine import MIN_NEIGHBOURS, Engine
+from pipeline.index.lists import one_thread
 from pipeline.index.record import Settings
 from pipeline.index.truth import RECALL_AT, Truth, is_hit, share_found, without_self
 from pipeline.index.vectors import Vectors
@@ -78,17 +78,6 @@ def latency_ms(engine: Engine, queries_QD: Vectors) -> float:
             engine.search(query[None], K)
             seconds.append(time.perf_counter() - began)
     return float(np.median(seconds)) * 1000 if seconds else 0.0
-
-
-@contextlib.contextmanager
-def one_thread() -> Iterator[None]:
-    """FAISS on one thread, as a server's worker would search."""
-    before = faiss.omp_get_max_threads()
-    faiss.omp_set_num_threads(1)
-    try:
-        yield
-    finally:
-        faiss.omp_set_num_threads(before)
 
 
 def _ladder(engine: Engine) -> Iterator[Settings]:
