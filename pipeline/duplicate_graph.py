@@ -8,7 +8,7 @@ Vectors stay on disk; memory is some 60 bytes an image.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
@@ -142,7 +142,7 @@ def _num_ids(engine: Engine, row_of: Ids) -> int:
 
 
 def _thorough(engine: Engine) -> Engine:
-    settings = engine.settings
-    if settings.nprobe is None or engine.ivf is None:
+    effort = engine.settings.nprobe or engine.settings.ef_search
+    if effort is None:
         return engine
-    return engine.with_settings(replace(settings, nprobe=min(engine.ivf.nlist, _WIDER * settings.nprobe)))
+    return engine.with_settings(engine.settings.with_effort(min(engine.most_effort, _WIDER * effort)))

@@ -84,6 +84,8 @@ def _from_parquet(path: Path) -> tuple[list[str], Vectors]:
     except (OSError, pa.ArrowException) as error:
         raise SearchError(f"cannot read the query vectors {path}: {error}; expected Parquet") from error
     column = table.column("embedding")
+    if not pa.types.is_list(column.type) and not pa.types.is_fixed_size_list(column.type):
+        raise SearchError(f"{path}: expected embeddings of one length, found {column.type}")
     lengths = pc.unique(pc.list_value_length(column)).to_pylist()
     if len(lengths) != 1 or not lengths[0] or not pa.types.is_floating(column.type.value_type):
         raise SearchError(

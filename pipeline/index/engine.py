@@ -8,7 +8,6 @@ leaves out, are kept away by an id selector inside FAISS. Knows faiss ids alone,
 from __future__ import annotations
 
 import math
-from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -17,7 +16,6 @@ import faiss
 import numpy as np
 
 from pipeline.index.brute_force import cosines, nearest
-from pipeline.index.lists import ivf_of
 from pipeline.index.record import Settings
 from pipeline.index.vectors import Ids, Mask, Vectors, VectorStore
 
@@ -38,11 +36,11 @@ class Engine:
         self.index, self.store, self.settings, self.alive = index, store, settings, alive
         self._live = None if alive is None else _selector(alive)
         self._usual = _parameters(index, settings, self._live)
-        self.ivf = ivf_of(index)
-        if self.ivf is not None:
-            lists = faiss.downcast_InvertedLists(self.ivf.invlists)
-            if isinstance(lists, faiss.OnDiskInvertedLists):
-                lists.prefetch_nthread = 0  # else every search starts threads of its own
+        inner = searching(index)
+        self.most_effort = inner.nlist if isinstance(inner, faiss.IndexIVF) else int(index.ntotal)
+        lists = faiss.downcast_InvertedLists(inner.invlists) if isinstance(inner, faiss.IndexIVF) else None
+        if isinstance(lists, faiss.OnDiskInvertedLists):
+            lists.prefetch_nthread = 0  # else every search starts threads of its own
 
     def search(
         self, queries_QD: Vectors, k: int, *, only: Mask | None = None, widen: bool = True
@@ -94,23 +92,23 @@ class Engine:
     def _widening(
         self, queries: Vectors, k: int, allowed: Any, share: float, *, filtered: bool
     ) -> tuple[Vectors, Ids]:
-        """Search, and read twice as many lists as long as an answer is incomplete.
+        """Search, and look at twice as much (lists, or nodes of a graph) while an answer is incomplete.
 
         Under a filter, which a `share` of the rows pass, the lists near a query may hold few of those: then
-        an answer must also stay the same when twice as many lists are read.
+        an answer must also stay the same when twice as much is looked at.
         """
         settings = self.settings
-        if self.ivf is None or settings.nprobe is None:
+        effort = settings.nprobe or settings.ef_search
+        if effort is None:
             return self._ranked(queries, k, settings, allowed)
-        nprobe, num_lists = settings.nprobe, self.ivf.nlist
         if filtered:
-            nprobe = min(num_lists, math.ceil(nprobe / share))
-            settings = replace(settings, nprobe=nprobe)
+            effort = min(self.most_effort, math.ceil(effort / share))
+            settings = settings.with_effort(effort)
         scores, ids = self._ranked(queries, k, settings, allowed)
         left = np.arange(len(ids)) if filtered else np.flatnonzero(ids[:, -1] < 0)
-        while len(left) and nprobe < num_lists:
-            nprobe = min(num_lists, 2 * nprobe)
-            wider = self._ranked(queries[left], k, replace(settings, nprobe=nprobe), allowed)
+        while len(left) and effort < self.most_effort:
+            effort = min(self.most_effort, 2 * effort)
+            wider = self._ranked(queries[left], k, settings.with_effort(effort), allowed)
             incomplete = wider[1][:, -1] < 0
             if filtered:
                 incomplete |= (wider[1] != ids[left]).any(axis=1)
@@ -176,6 +174,14 @@ def _parameters(index: Any, settings: Settings, selector: Any | None) -> Any:
 
 def _selector(flags: Mask) -> Any:
     return faiss.IDSelectorBitmap(np.packbits(flags, bitorder="little"))
+
+
+def searching(index: Any) -> Any:
+    """The index that does the searching, without what wraps it."""
+    outer = faiss.downcast_index(index)
+    if isinstance(outer, faiss.IndexIDMap | faiss.IndexPreTransform):
+        return searching(outer.index)
+    return searching(outer.base_index) if isinstance(outer, faiss.IndexRefine) else outer
 
 
 def _bare(index: Any) -> Any:

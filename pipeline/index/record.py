@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import logging
 from collections.abc import Iterable
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 import pyarrow as pa
@@ -35,6 +35,10 @@ class Settings:
     nprobe: int | None = None
     ef_search: int | None = None
     k_factor: float = 0
+
+    def with_effort(self, effort: int) -> Settings:
+        """The same, looking at `effort` lists, or nodes of the graph."""
+        return replace(self, **{"nprobe" if self.nprobe else "ef_search": effort})
 
 
 @dataclass(frozen=True)

@@ -17,7 +17,7 @@ import faiss
 import numpy as np
 
 from pipeline.index.brute_force import cosines
-from pipeline.index.engine import MIN_NEIGHBOURS, Engine
+from pipeline.index.engine import MIN_NEIGHBOURS, Engine, searching
 from pipeline.index.lists import one_thread
 from pipeline.index.record import Settings
 from pipeline.index.truth import RECALL_AT, Truth, is_hit, share_found, without_self
@@ -82,7 +82,7 @@ def latency_ms(engine: Engine, queries_QD: Vectors) -> float:
 
 def _ladder(engine: Engine) -> Iterator[Settings]:
     """Settings that read more and more; one step where a type has nothing to set."""
-    inner = _inner(engine.index)
+    inner = searching(engine.index)
     if isinstance(inner, faiss.IndexIVF):
         value = 1
         while value < inner.nlist:
@@ -133,11 +133,3 @@ def _are_exact(engine: Engine, queries: Vectors, scores: Vectors, ids: Any) -> b
     """Whether FAISS's scores are the cosines themselves, so that ranking again would change nothing."""
     exact = cosines(engine.store, queries, ids[:, :K])
     return bool(np.abs(np.where(ids[:, :K] < 0, 0, scores[:, :K] - exact)).max(initial=0) < 1e-5)
-
-
-def _inner(index: Any) -> Any:
-    """The index that does the searching, without what wraps it."""
-    outer = faiss.downcast_index(index)
-    if isinstance(outer, faiss.IndexIDMap | faiss.IndexPreTransform):
-        return _inner(outer.index)
-    return _inner(outer.base_index) if isinstance(outer, faiss.IndexRefine) else outer
