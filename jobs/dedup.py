@@ -43,8 +43,8 @@ def dedup(
     if as_json:
         typer.echo(json.dumps(summary.to_json()))
     console.print(
-        f"dedup {summary.version}: {summary.images:,} images, {summary.groups:,} groups of "
-        f"{summary.images_in_groups:,} at a cosine of {summary.threshold} and more; "
+        f"dedup {summary.version}: {summary.images:,} images; {summary.groups:,} groups with "
+        f"{summary.images_in_groups:,} images at a cosine of {summary.threshold} and more; "
         f"{summary.removable:,} could go ({summary.share_removable:.1%}), {summary.same_bytes:,} of them "
         f"the same bytes\ngroups: {escape(place.url(f'dedup/{summary.version}/groups.parquet'))}",
         highlight=False,

@@ -41,7 +41,7 @@ def search(
     kinds = {"--image": image, "--id": image_id, "--ids": ids, "--vector": vector}
     if sum(value is not None for value in kinds.values()) != 1:
         raise ConfigError(
-            "give one kind of query: --image FILE, URL or folder, --id ID, --ids FILE.txt, "
+            "give one query, or several of one kind: --image FILE, URL or folder, --id ID, --ids FILE.txt, "
             "or --vector FILE.npy"
         )
     if to is not None and (html is not None or as_json):

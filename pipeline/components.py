@@ -17,22 +17,26 @@ class Components:
     def join(self, left: Numbers, right: Numbers) -> None:
         """Put the two ends of each edge into one set.
 
-        Each round hooks the larger root of an edge to the smaller; rounds go on until no edge lies between
-        sets, which takes about as many as the logarithm of the longest chain.
+        Each round hooks the larger root of an edge to the smaller one; rounds go on until no edge lies
+        between sets.
         """
         while len(left):
             left_roots, right_roots = self.roots(left), self.roots(right)
             between = left_roots != right_roots
             left, right = left_roots[between], right_roots[between]
-            np.minimum.at(self._parents, np.maximum(left, right), np.minimum(left, right))
+            hooked = np.maximum(left, right)
+            np.minimum.at(self._parents, hooked, np.minimum(left, right))
+            self.roots(hooked)  # all that this round put into chains, so that every step doubles
 
     def roots(self, numbers: Numbers) -> Numbers:
-        """The smallest number of each number's set, near enough to be the same for all of one set."""
+        """The smallest number of each number's set.
+
+        Each step leads every one of `numbers` to where its parent's parent was: a chain of them takes as
+        many steps as the logarithm of its length.
+        """
         roots = self._parents[numbers]
         while True:
             above = self._parents[roots]
             if (above == roots).all():
-                break
-            roots = above
-        self._parents[numbers] = roots
-        return roots
+                return roots
+            self._parents[numbers] = roots = above

@@ -16,7 +16,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from pipeline import schema
-from pipeline.commits import CommitLog
+from pipeline.commits import Commit, CommitLog
 from pipeline.components import Components
 from pipeline.config import DedupConfig
 from pipeline.duplicate_graph import Rows, batches, join_near, join_same_bytes, read_rows
@@ -59,24 +59,22 @@ class _Groups:
     representatives: Ids
 
 
-def open_searcher(output: Storage) -> Searcher:
-    """The index of an output, if it is of just the committed rows; SearchError otherwise."""
+def open_searcher(output: Storage) -> tuple[Searcher, tuple[Commit, ...]]:
+    """The index of an output and the commits it is of: all that have rows. SearchError otherwise."""
     searcher, log = Searcher(output), CommitLog(output)
-    committed = {commit.stem for commit in log.read(log.live) if commit.num_rows}
-    if committed != set(searcher.record.commits):
+    commits = tuple(commit for commit in log.read(log.live) if commit.num_rows)
+    if {commit.stem for commit in commits} != set(searcher.record.commits):
         raise SearchError(
             f"the index of {output.uri} is not of its committed images; "
             f"run: cvt-pipeline index {output.uri}"
         )
-    return searcher
+    return searcher, commits
 
 
 def find_duplicates(output: Storage, config: DedupConfig) -> DedupSummary:
     """Find and publish the groups. Raises SearchError where there is no index of the committed rows."""
     started = time.time()
-    searcher = open_searcher(output)
-    log = CommitLog(output)
-    commits = tuple(commit for commit in log.read(log.live) if commit.num_rows)
+    searcher, commits = open_searcher(output)
     rows = read_rows(output, commits, searcher)
     components = Components(len(rows))
     join_same_bytes(rows, components)
@@ -100,7 +98,7 @@ def find_duplicates(output: Storage, config: DedupConfig) -> DedupSummary:
     )
     output.write_bytes(f"{DEDUP}/{version}/summary.json", json.dumps(summary.to_json()).encode())
     output.write_bytes(CURRENT, version.encode())
-    _drop_old(output)
+    _drop_old(output, version)
     return summary
 
 
@@ -164,7 +162,13 @@ def _image_ids(output: Storage, rows: Rows, wanted: Ids) -> pa.Array:
     return names.take(pa.array(back))
 
 
-def _drop_old(output: Storage) -> None:
-    names = sorted({info.path.split("/")[1] for info in output.find(DEDUP) if info.path.count("/") == 2})
-    for name in names[:-KEEP_VERSIONS]:
-        output.delete_folder(f"{DEDUP}/{name}")
+def _drop_old(output: Storage, served: str) -> None:
+    """Delete what is older than the newest whole versions, of which `KEEP_VERSIONS` stay.
+
+    A younger one that is not whole may be in the making.
+    """
+    paths = [info.path.split("/") for info in output.find(DEDUP)]
+    whole = sorted(path[1] for path in paths if path[2:] == ["summary.json"])
+    for name in {path[1] for path in paths if len(path) == 3}:
+        if name < whole[-KEEP_VERSIONS:][0] and name != served:
+            output.delete_folder(f"{DEDUP}/{name}")

@@ -19,6 +19,7 @@ import pyarrow.parquet as pq
 from pipeline import schema
 from pipeline.commits import Commit
 from pipeline.components import Components
+from pipeline.errors import SearchError
 from pipeline.index.engine import Engine
 from pipeline.index.vectors import Ids, Mask
 from pipeline.search import Searcher
@@ -26,7 +27,8 @@ from pipeline.storage import Storage
 
 NEIGHBOURS, MANY_NEIGHBOURS = 32, 256
 _QUERIES_AT_ONCE = 2048
-_WIDER = 4  # times the lists of a search: a pair on the border of two lists must be found too
+_WIDER = 4  # times what a search reads: a pair on the border of two lists must be found too
+_ROUNDING = 1e-6  # by which the cosine of equal vectors may fall short of 1
 _COLUMNS = [schema.IMAGE_ID, "sha256", "width", "height"]
 
 
@@ -65,9 +67,15 @@ def read_rows(output: Storage, commits: tuple[Commit, ...], searcher: Searcher) 
 
 
 def batches(output: Storage, commit: Commit, columns: list[str]) -> Iterator[pa.RecordBatch]:
-    """Some columns of a committed file, in batches."""
-    with output.open(commit.embeddings.path) as file:
-        yield from pq.ParquetFile(file).iter_batches(columns=columns)
+    """Some columns of a committed file, in batches. SearchError where it has gone."""
+    try:
+        with output.open(commit.embeddings.path) as file:
+            yield from pq.ParquetFile(file).iter_batches(columns=columns)
+    except FileNotFoundError as error:
+        raise SearchError(
+            f"{output.url(commit.embeddings.path)} went away meanwhile, since its shard was redone; "
+            f"run: cvt-pipeline index {output.uri}, then dedup again"
+        ) from error
 
 
 def join_same_bytes(rows: Rows, components: Components) -> None:
@@ -81,17 +89,19 @@ def join_near(rows: Rows, components: Components, engine: Engine, threshold: flo
     """Join rows whose embeddings' cosine is at least `threshold`, as far as the index finds them.
 
     A row whose every neighbour is that near may have more of them: it is asked again, for more, and then
-    for those that are not joined with it yet, until none is left.
+    for those that are not joined with it yet, until none is left. In a component that is larger than any
+    answer asking for more is spared.
     """
-    firsts = np.flatnonzero(components.roots(np.arange(len(rows))) == np.arange(len(rows)))
-    firsts = _with_vector(rows, components, firsts)
+    firsts = _with_vector(rows, components)
     row_of = np.full(int(rows.faiss_ids.max(initial=-1)) + 1, -1, np.int64)
     row_of[rows.faiss_ids[firsts]] = firsts
     mask = np.zeros(_num_ids(engine, row_of), np.bool_)
     mask[rows.faiss_ids[firsts]] = True
-    graph = _Graph(rows, row_of, components, _thorough(engine), threshold)
+    graph = _Graph(rows, row_of, components, _thorough(engine), min(threshold, 1 - _ROUNDING))
     left = graph.ask(firsts, NEIGHBOURS, mask)
-    left = graph.ask(left, MANY_NEIGHBOURS, mask)
+    names, sizes = np.unique(components.roots(firsts), return_counts=True)
+    seen = sizes[np.searchsorted(names, components.roots(left))] <= MANY_NEIGHBOURS
+    left = np.concatenate([left[~seen], graph.ask(left[seen], MANY_NEIGHBOURS, mask)])
     while len(left):
         left = graph.ask_outside(left, mask)
 
@@ -129,11 +139,11 @@ class _Graph:
         return np.concatenate(left)
 
 
-def _with_vector(rows: Rows, components: Components, firsts: Ids) -> Ids:
+def _with_vector(rows: Rows, components: Components) -> Ids:
     """For each set of same bytes a row that has a vector; sets without one are left out."""
     having = np.flatnonzero(rows.faiss_ids >= 0)
     _, places = np.unique(components.roots(having), return_index=True)
-    return having[places] if len(firsts) else firsts
+    return having[places]
 
 
 def _num_ids(engine: Engine, row_of: Ids) -> int:

@@ -28,8 +28,12 @@ class Row:
 
 def gallery_page(title: str, note: str, rows: Iterable[Row], read_original: ReadOriginal) -> str:
     """HTML with every thumbnail inside it. `read_original` takes a shard and a key."""
-    sections = "".join(_section(row, read_original) for row in rows)
-    return _PAGE.format(title=html.escape(title), note=html.escape(note), sections=sections)
+    return page(title, note, "".join(_section(row, read_original) for row in rows))
+
+
+def page(title: str, note: str, body: str, style: str = "") -> str:
+    """A page of the gallery's looks; `body` and `style`, further CSS, go into it as they are."""
+    return _PAGE.format(title=html.escape(title), note=html.escape(note), body=body, style=style)
 
 
 def thumbnail(data: bytes | None) -> str | None:
@@ -47,10 +51,10 @@ def thumbnail(data: bytes | None) -> str | None:
 
 
 def _section(row: Row, read_original: ReadOriginal) -> str:
-    query = _figure(thumbnail(row.image), row.title, "query")
+    query = figure(row.image, row.title, "query")
     hits = "".join(
-        _figure(
-            thumbnail(read_original(hit.shard, hit.key)) if hit.shard and hit.key else None,
+        figure(
+            read_original(hit.shard, hit.key) if hit.shard and hit.key else None,
             hit.image_id,
             _caption(hit),
         )
@@ -64,8 +68,9 @@ def _caption(hit: Hit) -> str:
     return f"{hit.score:.4f} · {hit.label}" if named else f"{hit.score:.4f}"
 
 
-def _figure(source: str | None, name: str, caption: str) -> str:
-    alternative = html.escape(name, quote=True)
+def figure(image: bytes | None, name: str, caption: str) -> str:
+    """An encoded image as a thumbnail, with a caption and its name below it."""
+    source, alternative = thumbnail(image), html.escape(name, quote=True)
     picture = (
         f'<img src="{source}" alt="{alternative}">' if source else '<div class="none">no preview</div>'
     )
@@ -94,5 +99,5 @@ figcaption b {{ display: block }}
 figcaption span {{ display: block; opacity: .7; overflow: hidden; text-overflow: ellipsis;
   white-space: nowrap }}
 @media (max-width: 40rem) {{ section {{ grid-template-columns: 1fr }} .query {{ max-width: 13rem }} }}
-</style></head><body><h1>{title}</h1><p>{note}</p>{sections}</body></html>
+{style}</style></head><body><h1>{title}</h1><p>{note}</p>{body}</body></html>
 """

@@ -30,6 +30,7 @@ from pipeline.fingerprint import Fingerprint, preprocessing_of, require_fingerpr
 from pipeline.index.draft import alive_flags
 from pipeline.index.engine import Engine, open_faiss
 from pipeline.index.files import fetch
+from pipeline.index.memory import give_back
 from pipeline.index.record import read_ids, read_record
 from pipeline.index.vectors import Ids, Mask, Vectors, VectorStore, normalize, usable
 from pipeline.storage import Storage
@@ -83,7 +84,7 @@ class Searcher:
         self._names = ids.column(schema.IMAGE_ID)
         self.engine = self._open()
         self._masks: dict[str, Mask] = {}
-        pa.default_memory_pool().release_unused()
+        give_back()
 
     def _open(self) -> Engine:
         record, output = self.record, self._output

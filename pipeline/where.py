@@ -7,15 +7,19 @@ it is evaluated without files, network and extensions. Must not know: the index,
 
 from __future__ import annotations
 
+import itertools
 import json
+import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor, wait
+from functools import partial
 from typing import Any
 
 import duckdb
 import pyarrow as pa
-import pyarrow.dataset as ds
+import pyarrow.parquet as pq
+from duckdb import DuckDBPyConnection
 
 from pipeline.errors import SearchError
 from pipeline.schema import IMAGE_ID
@@ -31,7 +35,7 @@ _CONFIG: dict[str, str | bool | int | float | list[str]] = {
     "threads": 4,
     "lock_configuration": True,
 }
-_READ_THREADS = 16
+_THREADS, _AHEAD = 8, 32
 _GRACE_S, _POLL_S = 2.0, 0.05
 _EXAMPLE = "it takes one boolean expression over the columns: --where \"label = 'cat' AND width > 500\""
 _CHANGE_IT = "use TRY_CAST where a value may not convert; if a file is damaged, cvt-pipeline verify tells"
@@ -58,7 +62,7 @@ _FUNCTIONS = """ + - * / // % ** ^ & | ~ << >> @ ~~ !~~ ~~* !~~* ~~~ ^@ ->> abs 
 def matching_ids(
     output: Storage, commit_files: Sequence[str], expression: str, *, timeout_s: float = 30.0
 ) -> pa.ChunkedArray:
-    """image_id (string) of every row of these files for which `expression` is true.
+    """image_id (string) of every row of these files for which `expression` is true, in the files' order.
 
     `commit_files` are relative to the output (`embeddings/x.parquet`); one that has gone since is left out.
     A column that only some files have is NULL in the others; one that is not named is not read.
@@ -69,58 +73,51 @@ def matching_ids(
     regexp_matches(label, '^cat') takes RE2; `score > 0.9` compares in float32, NaN above all numbers.
 
     Raises SearchError for what is not one boolean expression over the columns, fails at a row, or takes
-    more than `timeout_s`, opening the files not counted.
+    more than `timeout_s`, reading the files' footers not counted; StorageError for a file out of reach.
     """
     connection = duckdb.connect(":memory:", config=_CONFIG)
     named = _columns_in(connection, expression)
-    with ThreadPoolExecutor(_READ_THREADS) as pool:
-        opened = pool.map(lambda path: _open(output, path), commit_files)
-    files = dict(zip(commit_files, opened, strict=True))
-    deadline = time.monotonic() + timeout_s
-    while there := {path: fragment for path, fragment in files.items() if fragment is not None}:
-        rows = _rows(list(there.values()), named)
-        try:
-            return _query(connection, rows, expression, deadline)
-        except (TimeoutError, duckdb.InterruptException) as error:
-            raise _refusal(f"took more than {timeout_s:g} s and was stopped") from error
-        except duckdb.Error as error:
-            files = {path: fragment for path, fragment in there.items() if output.exists(path)}
-            if len(files) == len(there):
-                raise _refusal(f"fails: {error}", _CHANGE_IT) from error
-    return pa.chunked_array([], pa.string())
+    with ThreadPoolExecutor(_THREADS) as pool:
+        opened = list(pool.map(lambda path: _read(output, path), commit_files))
+    files = {path: file.schema for path, file in zip(commit_files, opened, strict=True) if file is not None}
+    if not files:
+        return pa.chunked_array([], pa.string())
+    columns = _unify(list(files.values()), named)
+    try:
+        return _query(timeout_s, connection, expression, _tables(output, list(files), columns))
+    except TimeoutError as error:
+        raise _refusal(f"took more than {timeout_s:g} s and was stopped") from error
+    except duckdb.Error as error:
+        raise _refusal(f"fails: {error}", _CHANGE_IT) from error
 
 
 def _refusal(reason: str, remedy: str = _EXAMPLE) -> SearchError:
     return SearchError(f"--where {reason.splitlines()[0]}; {remedy}")
 
 
-def _columns_in(connection: duckdb.DuckDBPyConnection, expression: str) -> set[str]:
+def _columns_in(connection: DuckDBPyConnection, expression: str) -> set[str]:
     """The columns that it names; SearchError where it is not one expression, or not only a filter."""
     if not expression.strip():
         raise _refusal("is empty")
     _parse(connection, f"({expression}\n)")  # in parentheses no clause and no statement can follow it ...
     nodes = _parse(connection, expression)  # ... and without them it can close none
-    for node in reversed(nodes):  # the outermost first
+    for node in nodes:
         _check(node)
     return {node["column_names"][0] for node in nodes if node["class"] == "COLUMN_REF"}
 
 
-def _parse(connection: duckdb.DuckDBPyConnection, condition: str) -> list[dict[str, Any]]:
-    """The nodes of DuckDB's tree of a query that ends with this condition, each after those within it."""
-    statement, nodes = f"SELECT 1 FROM rows WHERE {condition}\n", []
-
-    def collect(item: dict[str, Any]) -> dict[str, Any]:
-        nodes.append(item)
-        return item
-
-    (row,) = connection.execute("SELECT json_serialize_sql(?)", [statement]).fetchall()
+def _parse(connection: DuckDBPyConnection, condition: str) -> list[dict[str, Any]]:
+    """The nodes of DuckDB's tree of a query that ends with this condition, each before those within it."""
+    sql = f"SELECT 1 FROM rows WHERE {condition}\n"
     try:
-        parsed = json.loads(row[0], object_hook=collect)
+        items = [json.loads(connection.execute("SELECT json_serialize_sql(?)", [sql]).fetchall()[0][0])]
     except RecursionError as error:
         raise _refusal("is nested too deeply") from error
-    if parsed["error"]:
-        raise _refusal(f"is not understood: {parsed['error_message']}")
-    return [node for node in nodes if "class" in node]
+    if items[0]["error"]:
+        raise _refusal(f"is not understood: {items[0]['error_message']}")
+    for item in items:  # which grows meanwhile
+        items += item.values() if isinstance(item, dict) else item if isinstance(item, list) else []
+    return [item for item in items if isinstance(item, dict) and "class" in item]
 
 
 def _check(node: dict[str, Any]) -> None:
@@ -137,35 +134,35 @@ def _check(node: dict[str, Any]) -> None:
             raise _refusal(f"casts to no {kind}, but to {' '.join(_TYPES.split())}")
 
 
-def _open(output: Storage, path: str) -> ds.Fragment | None:
-    """The file with its footer; None where it has gone."""
+def _read(output: Storage, path: str, names: Sequence[str] = ()) -> pa.Table | None:
+    """Those of the named columns that a file has, or all columns without rows; None where it has gone."""
+    place = output.path(path)
     try:
-        with output.failures(path):
-            [fragment] = ds.dataset(output.path(path), pa.schema([]), "parquet", output.fs).get_fragments()
-            fragment.ensure_complete_metadata()
-            return fragment
+        with output.failures(path):  # Storage.open would fetch 16 MiB with each column
+            source = place if output.is_local else output.fs.open(place, "rb", cache_type="none")
+            parquet = pq.ParquetFile(source, pre_buffer=False)
+            there = [name for name in names if name in parquet.schema_arrow.names]
+            return parquet.read(there, use_threads=False) if names else parquet.schema_arrow.empty_table()
     except FileNotFoundError:
         return None
     except pa.ArrowInvalid as error:
         raise SearchError(f"--where: {path} is damaged; run: cvt-pipeline verify {output.uri}") from error
 
 
-def _rows(files: list[ds.Fragment], named: set[str]) -> ds.Dataset:
-    """The rows of these files, with the named columns and no others."""
-    schemas = [fragment.physical_schema for fragment in files]
+def _unify(schemas: list[pa.Schema], named: set[str]) -> pa.Schema:
+    """The named columns, and image_id, of types that fit all files."""
     known = list(dict.fromkeys(name for schema in schemas for name in schema.names))
     if unknown := named.difference(known):
         raise _refusal(f"names {', '.join(sorted(unknown))}, the columns are {', '.join(known)}")
     columns = named | {IMAGE_ID}
     if len({name.lower() for name in columns}) < len(columns):
         raise _refusal("names columns that differ in case alone, which SQL does not tell apart")
-    parts = [[field for field in schema if field.name in columns] for schema in schemas]
-    readable = [pa.schema([field.with_type(_readable(field.type)) for field in part]) for part in parts]
+    parts = [pa.schema([field for field in schema if field.name in columns]) for schema in schemas]
     try:
-        unified = pa.unify_schemas(readable, promote_options="permissive")
+        unified = pa.unify_schemas(parts, promote_options="permissive")
     except pa.ArrowTypeError as error:
         raise _refusal(f"names a column that is of another type in some files ({error})") from error
-    return ds.FileSystemDataset(files, unified, ds.ParquetFileFormat())
+    return pa.schema([(field.name, _readable(field.type)) for field in unified])
 
 
 def _readable(kind: pa.DataType) -> pa.DataType:
@@ -175,24 +172,42 @@ def _readable(kind: pa.DataType) -> pa.DataType:
     return pa.float32() if pa.types.is_float16(kind) else kind
 
 
+def _tables(output: Storage, paths: list[str], columns: pa.Schema) -> Iterator[pa.Table]:
+    """No rows, to begin with, then those of all files, some files at a time."""
+    yield columns.empty_table()
+    read = partial(_read, output, names=columns.names)
+    with ThreadPoolExecutor(_THREADS) as pool:
+        for start in range(0, len(paths), _AHEAD):
+            there = [rows for rows in pool.map(read, paths[start : start + _AHEAD]) if rows is not None]
+            yield pa.concat_tables([columns.empty_table(), *there], promote_options="permissive")
+
+
 def _query(
-    connection: duckdb.DuckDBPyConnection, rows: ds.Dataset, expression: str, deadline: float
+    timeout_s: float, connection: DuckDBPyConnection, expression: str, tables: Iterator[pa.Table]
 ) -> pa.ChunkedArray:
     """What `_evaluate` returns. After a TimeoutError its thread stays until its chunk of rows is done."""
-    pool = ThreadPoolExecutor(1)
-    ids = pool.submit(_evaluate, connection, rows, expression)
+    pool, stop = ThreadPoolExecutor(1), threading.Event()
+    ids = pool.submit(_evaluate, connection, expression, tables, stop)
     pool.shutdown(wait=False)
-    wait([ids], max(deadline - time.monotonic(), 0))
-    while not ids.done() and time.monotonic() < deadline + _GRACE_S:
-        connection.interrupt()  # again and again: one that comes between two queries is lost
-        wait([ids], _POLL_S)
-    return ids.result(0)
+    try:
+        return ids.result(timeout_s)
+    finally:
+        stop.set()
+        until = time.monotonic() + _GRACE_S
+        while not ids.done() and time.monotonic() < until:
+            connection.interrupt()  # again and again: one that comes between two queries is lost
+            wait([ids], _POLL_S)
 
 
-def _evaluate(connection: duckdb.DuckDBPyConnection, rows: ds.Dataset, expression: str) -> pa.ChunkedArray:
-    connection.register("rows", rows)
-    kind = str(connection.sql(f"SELECT ({expression}\n) FROM rows").types[0])
-    if kind != "BOOLEAN":
-        raise _refusal(f"is of type {kind}, not BOOLEAN")
-    found = connection.sql(f"SELECT {IMAGE_ID} FROM rows WHERE ({expression}\n)")
-    return found.to_arrow_table().column(0).cast(pa.string())
+def _evaluate(
+    connection: DuckDBPyConnection, expression: str, tables: Iterator[pa.Table], stop: threading.Event
+) -> pa.ChunkedArray:
+    ids: list[pa.Array] = []
+    for rows in itertools.takewhile(lambda _: not stop.is_set(), tables):
+        connection.register("rows", rows)
+        kind = str(connection.sql(f"SELECT ({expression}\n) FROM rows").types[0])
+        if kind != "BOOLEAN":
+            raise _refusal(f"is of type {kind}, not BOOLEAN")
+        found = connection.sql(f"SELECT {IMAGE_ID} FROM rows WHERE ({expression}\n)").to_arrow_table()
+        ids += found.column(0).cast(pa.string()).chunks
+    return pa.chunked_array(ids, pa.string())

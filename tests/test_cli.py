@@ -338,7 +338,7 @@ def save_vectors(folder):
         ("short.npy", "the vector has 3 numbers, the index 48"),
         ("zero.npy", "zero or not finite"),
         ("scalar.npy", "scalar.npy"),
-        ("words.npy", "expected one vector of numbers"),
+        ("words.npy", "expected vectors of numbers"),
         ("objects.npy", "cannot read the query vector"),
         ("several.npz", "several.npz"),
         ("empty.npy", "empty.npy"),

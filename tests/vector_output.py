@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
+from collections.abc import Iterable
 from pathlib import Path
 
 import numpy as np
@@ -41,14 +43,15 @@ def commit_vectors(
     *,
     image_ids: list[str] | None = None,
     columns: dict[str, object] | None = None,
+    uri: str | None = None,
 ) -> str:
     """Commit `vectors` as the shard `name`, with ids `name#0`, `name#1`, ...; returns its stem.
 
-    `columns` are further columns of the embeddings, a value a row.
+    `columns` are further columns of the embeddings, a value a row; without them every image is of 8 x 8
+    pixels and bytes of its own. `uri` is where the shard's originals are; keys are `0`, `1`, ...
     """
-    shard = Shard(
-        name, f"file:///nowhere/{name}", "webdataset", size=len(vectors), version=str(vectors.sum())
-    )
+    uri = uri or f"file:///nowhere/{name}"
+    shard = Shard(name, uri, "webdataset", size=len(vectors), version=str(vectors.sum()))
     stem = shard.stem("fingerprint")
     ids = image_ids or [f"{name}#{number}" for number in range(len(vectors))]
     flat = pa.array(vectors.ravel().astype(np.float32))
@@ -59,6 +62,11 @@ def commit_vectors(
             "key": [str(number) for number in range(len(ids))],
             "embedding": pa.FixedSizeListArray.from_arrays(flat, vectors.shape[1]),
             "label": [f"label of {image_id}" for image_id in ids],
+            "sha256": digests_of(
+                f"{image_id} {vector.sum()}" for image_id, vector in zip(ids, vectors, strict=True)
+            ),
+            "width": pa.array([8] * len(ids), pa.int32()),
+            "height": pa.array([8] * len(ids), pa.int32()),
             **(columns or {}),
         }
     )
@@ -71,3 +79,8 @@ def commit_vectors(
     )
     write_commit(output, record)
     return stem
+
+
+def digests_of(contents: Iterable[str]) -> pa.Array:
+    """The column sha256 of originals with these contents."""
+    return pa.array([hashlib.sha256(text.encode()).digest() for text in contents], pa.binary(32))

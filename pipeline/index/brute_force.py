@@ -19,12 +19,25 @@ def nearest(blocks: Iterable[tuple[Ids, Vectors]], queries_QD: Vectors, k: int) 
     """
     scores = np.full((len(queries_QD), k), -np.inf, np.float32)
     ids = np.full((len(queries_QD), k), -1, np.int64)
+    improve(scores, ids, blocks, queries_QD)
+    return scores, ids
+
+
+def improve(
+    scores_QK: Vectors,
+    ids_QK: Ids,
+    blocks: Iterable[tuple[Ids, Vectors]],
+    queries_QD: Vectors,
+    floor_Q: Vectors | None = None,
+) -> None:
+    """Put the rows of `blocks` among the best so far, in place; but none that is not above its floor."""
     for block_ids, vectors in blocks:
         for start in range(0, len(queries_QD), _QUERIES_AT_ONCE):
             some = slice(start, start + _QUERIES_AT_ONCE)
             found = queries_QD[some] @ vectors.T
-            scores[some], ids[some] = keep_best((scores[some], ids[some]), found, block_ids)
-    return scores, ids
+            if floor_Q is not None:
+                found[found <= floor_Q[some, None]] = -np.inf
+            scores_QK[some], ids_QK[some] = keep_best((scores_QK[some], ids_QK[some]), found, block_ids)
 
 
 def keep_best(best: tuple[Vectors, Ids], scores_QN: Vectors, ids_N: Ids) -> tuple[Vectors, Ids]:

@@ -25,7 +25,7 @@ from pipeline.index.drift import reason_after, reason_before
 from pipeline.index.engine import Engine, open_faiss
 from pipeline.index.files import INDEX, LEASE, FileRef, fetch
 from pipeline.index.kinds import Choice, choose, deletes
-from pipeline.index.memory import PeakMemory
+from pipeline.index.memory import PeakMemory, give_back
 from pipeline.index.record import IndexRecord, Settings, is_whole, publish, read_record, roll_back, tidy
 from pipeline.index.tasks import runner
 from pipeline.index.truth import NUM_QUERIES, Truth, make_truth
@@ -217,6 +217,7 @@ class _Build:
         )
 
     def _engine(self, drafter: Drafter, draft: Draft, settings: Settings) -> Engine:
+        give_back()
         index = open_faiss(fetch(self.output, draft.index), in_memory=self.choice.in_memory)
         alive = draft.alive if index.ntotal > draft.num_vectors else None
         return Engine(index, drafter.store(draft.segments), settings, alive)

@@ -22,6 +22,7 @@ from pipeline.errors import OutputError
 from pipeline.index import lists, whole
 from pipeline.index.files import BUILD, INDEX, FileRef, fetch
 from pipeline.index.kinds import Choice, make, part_rows
+from pipeline.index.memory import give_back
 from pipeline.index.record import IndexRecord
 from pipeline.index.tasks import Runner, add_part
 from pipeline.index.training import train
@@ -137,6 +138,7 @@ class Drafter:
                 return FileRef.of(path, local), None
         trained = make(choice.factory, self.dim)
         train(trained, choice, store, live)
+        give_back()
         if lists.ivf_of(trained) is not None:
             parts = self._parts(trained, segments)
             return self._merged(parts, np.ones(len(live), np.bool_))

@@ -34,7 +34,7 @@ GRAPH_QUANTIZER_LISTS = 2**16
 _ID_BYTES = 56  # a row of ids.parquet in memory, its flag and its place
 _HNSW_LINK_BYTES = 272  # 2 * 32 links of 4 bytes at the lowest level, and the levels above
 _TRAINING = 1.4  # of the sample; measured 1.2 to 1.35
-_WORKING_BYTES = 110_000_000  # imported libraries, batches of Parquet, queries and candidates
+_WORKING_BYTES = 160_000_000  # imported libraries, batches of Parquet, queries and candidates
 
 
 @dataclass(frozen=True)

@@ -5,9 +5,13 @@ Pages of mapped files are not counted: the kernel drops them when others need th
 
 from __future__ import annotations
 
+import contextlib
+import ctypes
 import threading
 from types import TracebackType
 from typing import Self
+
+import pyarrow as pa
 
 _INTERVAL_S = 0.02
 
@@ -19,6 +23,13 @@ def anonymous_bytes() -> int:
             return next((int(line.split()[1]) * 1024 for line in file if line.startswith("RssAnon")), 0)
     except OSError:
         return 0
+
+
+def give_back() -> None:
+    """Return what Arrow and the C library keep of freed memory to the system, where they can."""
+    pa.default_memory_pool().release_unused()
+    with contextlib.suppress(OSError, AttributeError):  # no glibc
+        ctypes.CDLL("libc.so.6").malloc_trim(0)
 
 
 class PeakMemory:

@@ -15,7 +15,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from pipeline import schema
-from pipeline.index.brute_force import cosines, keep_best, nearest
+from pipeline.index.brute_force import cosines, improve, nearest
 from pipeline.index.vectors import Ids, Mask, Vectors, VectorStore
 
 NUM_QUERIES = 512
@@ -50,13 +50,8 @@ class Truth:
         dead = (ids < 0) | ~alive[np.maximum(ids, 0)]
         ids, scores = np.where(dead, -1, ids), np.where(dead, np.float32(-np.inf), scores)
         order = np.argsort(-scores, axis=1, kind="stable")
-        best: tuple[Vectors, Ids] = np.take_along_axis(scores, order, 1), np.take_along_axis(ids, order, 1)
-        vectors = store.take(queries)
-        for some, rows in store.blocks(new):
-            found = vectors @ rows.T
-            found[found <= floor[:, None]] = -np.inf
-            best = keep_best(best, found, some)
-        scores, ids = best
+        scores, ids = np.take_along_axis(scores, order, 1), np.take_along_axis(ids, order, 1)
+        improve(scores, ids, store.blocks(new), store.take(queries), floor)
         floor = np.where(ids[:, -1] >= 0, np.maximum(floor, scores[:, -1]), floor)
         deep = (ids >= 0).sum(axis=1) >= self.depth(int(alive.sum()))
         return Truth(queries[deep], ids[deep], scores[deep], floor[deep])

@@ -22,6 +22,7 @@ from pipeline import schema
 from pipeline.commits import Commit
 from pipeline.errors import OutputError
 from pipeline.index.files import BUILD, VECTORS, FileRef
+from pipeline.index.memory import give_back
 from pipeline.storage import Storage
 
 _BATCH_ROWS, _READ_BYTES = 4096, 1 << 20
@@ -131,7 +132,7 @@ def write_segment(output: Storage, build: str, name: str, commits: tuple[Commit,
         size = target.tell()
         writer.close()
         ids = FileRef.of(ids_path, ids_file)
-    pa.default_memory_pool().release_unused()
+    give_back()
     return Written(FileRef(vectors_path, size, digest.hexdigest()), ids, tuple(rows), tuple(excluded))
 
 
