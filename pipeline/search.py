@@ -78,6 +78,7 @@ class Searcher:
     def __init__(self, output: Storage) -> None:
         self._output = output
         self.record = read_record(output)
+        self._shards = {shard.stem: shard for shard in self.record.shards}
         self._first_ids = [shard.first_id for shard in self.record.shards]
         ids = read_ids(output, self.record).combine_chunks()
         self._faiss_ids: Ids = ids.column("faiss_id").to_numpy()
@@ -138,7 +139,7 @@ class Searcher:
 
     def ids_of_shard(self, stem: str) -> tuple[pa.Array, Ids]:
         """The images of one commit that are in the index: their ids, and their faiss ids (N,)."""
-        shard = next((shard for shard in self.record.shards if shard.stem == stem), None)
+        shard = self._shards.get(stem)
         if shard is None:
             return self._names[:0], self._faiss_ids[:0]
         first = int(np.searchsorted(self._faiss_ids, shard.first_id))

@@ -25,18 +25,12 @@ from pipeline.errors import SearchError
 from pipeline.schema import IMAGE_ID
 from pipeline.storage import Storage
 
-_CONFIG: dict[str, str | bool | int | float | list[str]] = {
-    "enable_external_access": False,
-    "autoload_known_extensions": False,
-    "autoinstall_known_extensions": False,
-    "python_enable_replacements": False,
-    "temp_directory": "",
-    "memory_limit": "1GB",
-    "threads": 4,
-    "lock_configuration": True,
-}
-_THREADS, _AHEAD = 8, 32
-_GRACE_S, _POLL_S = 2.0, 0.05
+_SETTINGS = """
+    SET temp_directory = ''; SET memory_limit = '1GB'; SET threads = 4; SET enable_external_access = false;
+    SET autoload_known_extensions = false; SET autoinstall_known_extensions = false;
+    SET python_enable_replacements = false; SET lock_configuration = true
+"""
+_THREADS, _AHEAD, _GRACE_S, _POLL_S = 8, 32, 2.0, 0.05
 _EXAMPLE = "it takes one boolean expression over the columns: --where \"label = 'cat' AND width > 500\""
 _CHANGE_IT = "use TRY_CAST where a value may not convert; if a file is damaged, cvt-pipeline verify tells"
 
@@ -49,14 +43,12 @@ _PARTS = """ BETWEEN CASE CAST COLLATE COLUMN_REF COMPARISON CONJUNCTION CONSTAN
 _TYPES = """ bigint blob boolean date decimal double float hugeint int integer interval json numeric real
     smallint string text time timestamp timestamptz tinyint ubigint uinteger uuid varchar """
 _FUNCTIONS = """ + - * / // % ** ^ & | ~ << >> @ ~~ !~~ ~~* !~~* ~~~ ^@ ->> abs array_length ceil contains
-    date_diff date_part date_trunc day dayofweek ends_with epoch exp floor from_hex greatest hour if
-    ilike_escape isfinite isinf isnan json_array_length json_contains json_exists json_extract
-    json_extract_string json_type json_valid least left len length like_escape list_avg list_contains
-    list_max list_min list_sum ln log10 log2 lower ltrim make_date minute mod month not_ilike_escape
-    not_like_escape now nullif octet_length position pow prefix regexp_extract regexp_full_match
-    regexp_matches reverse right round rtrim second sign split_part sqrt starts_with strip_accents strpos
-    strptime substr substring suffix timezone to_days to_hours to_minutes to_months to_seconds to_timestamp
-    to_weeks to_years today trim trunc try_strptime unhex upper week year """
+    date_diff date_part date_trunc day ends_with floor from_hex greatest hour if ilike_escape isfinite isinf
+    isnan json_extract json_extract_string json_valid least left len length like_escape list_avg
+    list_contains list_max list_min list_sum ln log10 lower ltrim mod month not_ilike_escape not_like_escape
+    now nullif position pow prefix regexp_extract regexp_full_match regexp_matches right round rtrim sign
+    split_part sqrt starts_with strptime substring suffix timezone to_days to_hours to_minutes to_months
+    to_seconds to_timestamp to_weeks to_years today trim trunc try_strptime unhex upper week year """
 
 
 def matching_ids(
@@ -75,20 +67,16 @@ def matching_ids(
     Raises SearchError for what is not one boolean expression over the columns, fails at a row, or takes
     more than `timeout_s`, reading the files' footers not counted; StorageError for a file out of reach.
     """
-    connection = duckdb.connect(":memory:", config=_CONFIG)
+    connection = duckdb.connect(":memory:")
+    connection.execute(_SETTINGS)
     named = _columns_in(connection, expression)
     with ThreadPoolExecutor(_THREADS) as pool:
         opened = list(pool.map(lambda path: _read(output, path), commit_files))
     files = {path: file.schema for path, file in zip(commit_files, opened, strict=True) if file is not None}
     if not files:
         return pa.chunked_array([], pa.string())
-    columns = _unify(list(files.values()), named)
-    try:
-        return _query(timeout_s, connection, expression, _tables(output, list(files), columns))
-    except TimeoutError as error:
-        raise _refusal(f"took more than {timeout_s:g} s and was stopped") from error
-    except duckdb.Error as error:
-        raise _refusal(f"fails: {error}", _CHANGE_IT) from error
+    tables = _tables(output, list(files), _unify(list(files.values()), named))
+    return _query(timeout_s, connection, expression, tables)
 
 
 def _refusal(reason: str, remedy: str = _EXAMPLE) -> SearchError:
@@ -101,9 +89,7 @@ def _columns_in(connection: DuckDBPyConnection, expression: str) -> set[str]:
         raise _refusal("is empty")
     _parse(connection, f"({expression}\n)")  # in parentheses no clause and no statement can follow it ...
     nodes = _parse(connection, expression)  # ... and without them it can close none
-    for node in nodes:
-        _check(node)
-    return {node["column_names"][0] for node in nodes if node["class"] == "COLUMN_REF"}
+    return {node["column_names"][0] for node in nodes if _checked(node) == "COLUMN_REF"}
 
 
 def _parse(connection: DuckDBPyConnection, condition: str) -> list[dict[str, Any]]:
@@ -120,8 +106,8 @@ def _parse(connection: DuckDBPyConnection, condition: str) -> list[dict[str, Any
     return [item for item in items if isinstance(item, dict) and "class" in item]
 
 
-def _check(node: dict[str, Any]) -> None:
-    part = node["type"] if node["class"] == "OPERATOR" else node["class"]
+def _checked(node: dict[str, Any]) -> str:
+    part: str = node["type"] if node["class"] == "OPERATOR" else node["class"]
     if part not in _PARTS.split():
         raise _refusal(f"takes no {part.lower()}")
     if part == "FUNCTION":
@@ -132,6 +118,7 @@ def _check(node: dict[str, Any]) -> None:
         kind = node["type_expr"]["type_name"] if "type_expr" in node else node["cast_type"]["id"]
         if kind.lower().removesuffix(" with time zone") not in _TYPES.split():
             raise _refusal(f"casts to no {kind}, but to {' '.join(_TYPES.split())}")
+    return part
 
 
 def _read(output: Storage, path: str, names: Sequence[str] = ()) -> pa.Table | None:
@@ -166,10 +153,9 @@ def _unify(schemas: list[pa.Schema], named: set[str]) -> pa.Schema:
 
 
 def _readable(kind: pa.DataType) -> pa.DataType:
-    """DuckDB knows no float16, alone or in vectors."""
     if pa.types.is_fixed_size_list(kind):
         return pa.list_(_readable(kind.value_type), kind.list_size)
-    return pa.float32() if pa.types.is_float16(kind) else kind
+    return pa.float32() if pa.types.is_float16(kind) else kind  # which DuckDB does not know
 
 
 def _tables(output: Storage, paths: list[str], columns: pa.Schema) -> Iterator[pa.Table]:
@@ -185,12 +171,16 @@ def _tables(output: Storage, paths: list[str], columns: pa.Schema) -> Iterator[p
 def _query(
     timeout_s: float, connection: DuckDBPyConnection, expression: str, tables: Iterator[pa.Table]
 ) -> pa.ChunkedArray:
-    """What `_evaluate` returns. After a TimeoutError its thread stays until its chunk of rows is done."""
+    """What `_evaluate` returns. One that takes too long stays in its thread until its chunk of rows is done."""
     pool, stop = ThreadPoolExecutor(1), threading.Event()
     ids = pool.submit(_evaluate, connection, expression, tables, stop)
     pool.shutdown(wait=False)
     try:
         return ids.result(timeout_s)
+    except TimeoutError as error:
+        raise _refusal(f"took more than {timeout_s:g} s and was stopped") from error
+    except duckdb.Error as error:
+        raise _refusal(f"fails: {error}", _CHANGE_IT) from error
     finally:
         stop.set()
         until = time.monotonic() + _GRACE_S
