@@ -159,8 +159,7 @@ def _readable(kind: pa.DataType) -> pa.DataType:
 
 
 def _tables(output: Storage, paths: list[str], columns: pa.Schema) -> Iterator[pa.Table]:
-    """No rows, to begin with, then those of all files, some files at a time."""
-    yield columns.empty_table()
+    """The rows of all files, of some files at a time."""
     read = partial(_read, output, names=columns.names)
     with ThreadPoolExecutor(_THREADS) as pool:
         for start in range(0, len(paths), _AHEAD):
@@ -168,12 +167,10 @@ def _tables(output: Storage, paths: list[str], columns: pa.Schema) -> Iterator[p
             yield pa.concat_tables([columns.empty_table(), *there], promote_options="permissive")
 
 
-def _query(
-    timeout_s: float, connection: DuckDBPyConnection, expression: str, tables: Iterator[pa.Table]
-) -> pa.ChunkedArray:
-    """What `_evaluate` returns. One that takes too long stays in its thread until its chunk of rows is done."""
+def _query(timeout_s: float, connection: DuckDBPyConnection, *work: Any) -> pa.ChunkedArray:
+    """What `_evaluate` returns. Where it takes too long its thread stays until a chunk of rows is done."""
     pool, stop = ThreadPoolExecutor(1), threading.Event()
-    ids = pool.submit(_evaluate, connection, expression, tables, stop)
+    ids = pool.submit(_evaluate, stop, connection, *work)
     pool.shutdown(wait=False)
     try:
         return ids.result(timeout_s)
@@ -190,7 +187,7 @@ def _query(
 
 
 def _evaluate(
-    connection: DuckDBPyConnection, expression: str, tables: Iterator[pa.Table], stop: threading.Event
+    stop: threading.Event, connection: DuckDBPyConnection, expression: str, tables: Iterator[pa.Table]
 ) -> pa.ChunkedArray:
     ids: list[pa.Array] = []
     for rows in itertools.takewhile(lambda _: not stop.is_set(), tables):
