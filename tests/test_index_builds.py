@@ -17,6 +17,7 @@ from pipeline.index.kinds import choose
 from pipeline.index.record import read_record, versions
 from pipeline.search import Searcher
 from pipeline.storage import Storage
+from tests.disturbed import command, descendants
 from tests.test_index import DIM, assert_of_committed_rows, clustered, config
 from tests.vector_output import commit_vectors, empty_output
 
@@ -47,6 +48,41 @@ def test_four_workers_build_the_very_files_that_one_process_builds(
     assert [s.file.sha256 for s in together.segments] == [s.file.sha256 for s in alone.segments]
     assert_of_committed_rows(output)
     assert not output.exists("index/_build")
+
+
+BUILD_IN_SMALL_PARTS = """
+import sys
+from pipeline.config import IndexConfig
+from pipeline.index import draft
+from pipeline.index.build import build_index
+from pipeline.storage import Storage
+draft.part_rows = lambda dim: 500
+build_index(Storage(sys.argv[1]), IndexConfig(type="ivf_sq8", target_recall=0.9, workers=4))
+"""
+
+
+@pytest.mark.slow
+def test_workers_killed_in_the_middle_of_a_build_change_nothing(
+    output: Storage, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for number in range(COUNT, 60):
+        commit_vectors(output, f"{number}.tar", clustered(number, 300))
+    monkeypatch.setattr(draft_module, "part_rows", lambda dim: 500)
+    undisturbed = build_index(output, config("ivf_sq8"))
+    output.delete_folder("index")
+    process = subprocess.Popen([sys.executable, "-c", BUILD_IN_SMALL_PARTS, output.root], cwd=ROOT)
+    struck: set[str] = set()
+    while process.poll() is None and len(struck) < 2:
+        for pid, _ in descendants(process.pid):
+            task = command(pid).partition(" ")[0].rstrip("()")
+            if task in ("ray::write_segment", "ray::add_part") and task not in struck:
+                os.kill(pid, signal.SIGKILL)
+                struck.add(task)
+
+    assert process.wait(timeout=120) == 0
+    assert struck == {"ray::write_segment", "ray::add_part"}
+    assert read_record(output).sha256 == undisturbed.sha256
+    assert_of_committed_rows(output)
 
 
 def start(output: Storage, *settings: str) -> subprocess.Popen[bytes]:
