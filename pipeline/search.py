@@ -91,6 +91,8 @@ class Searcher:
         record, output = self.record, self._output
         index = open_faiss(fetch(output, record.faiss_file, check=True), in_memory=record.in_memory)
         store = VectorStore(record.segments, record.dim, lambda file: fetch(output, file))
+        if output.is_local:
+            store.open_all()  # a later build may delete this version
         with_dead = index.ntotal > record.num_vectors
         alive = alive_flags(record.shards, record.next_id) if with_dead else None
         return Engine(index, store, record.settings, alive)

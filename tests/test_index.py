@@ -323,12 +323,13 @@ def test_a_rollback_serves_the_version_before_and_the_next_build_goes_on_from_th
 def test_a_reader_of_an_old_version_is_undisturbed_by_a_new_one(output: Storage) -> None:
     commit_vectors(output, "a.tar", clustered(1, 400))
     build_index(output, config("ivf_sq8"))
-    searcher = Searcher(output)
-    query = clustered(5, 1)
-    before = searcher.nearest(query, 5)
-    commit_vectors(output, "b.tar", clustered(2, 300))
+    searcher, query = Searcher(output), clustered(5, 1)
+    before = Searcher(output).nearest(query, 5)
+    [stem] = CommitLog(output).live
+    commit_vectors(output, "a.tar", clustered(2, 300), supersedes=(stem,))
     build_index(output, config("ivf_sq8", keep_versions=1))
 
+    assert len(list(output.find("index/_vectors"))) == 1  # those of the old version are deleted
     assert searcher.nearest(query, 5) == before
 
 

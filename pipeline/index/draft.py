@@ -37,6 +37,8 @@ from pipeline.index.vectors import (
 )
 from pipeline.storage import Storage
 
+_IDS_AT_ONCE = 65_536
+
 
 @dataclass(frozen=True)
 class Draft:
@@ -88,7 +90,7 @@ class Drafter:
         store = self.store(segments)
         live = np.arange(next_id, dtype=np.int64)
         index, imbalance = self._index(choice, store, segments, live)
-        ids = self._ids((), shards, written)
+        ids = self._ids(np.empty(0, np.bool_), 0, written)
         return Draft(choice, index, ids, shards, segments, _excluded(written), next_id, live, imbalance)
 
     def following(
@@ -111,7 +113,7 @@ class Drafter:
             )
         new_ids = np.arange(record.next_id, next_id, dtype=np.int64)
         index, imbalance = self._followed(record, choice, segments, new_segments, alive)
-        ids = self._ids(kept, new_shards, written, record)
+        ids = self._ids(alive, record.next_id, written, record)
         excluded = {stem: count for stem, count in record.excluded.items() if stem in live}
         excluded |= _excluded(written)
         return Draft(choice, index, ids, shards, segments, excluded, next_id, new_ids, imbalance)
@@ -202,34 +204,25 @@ class Drafter:
             return FileRef.of(path, local)
 
     def _ids(
-        self,
-        kept: tuple[ShardIds, ...],
-        new: tuple[ShardIds, ...],
-        written: Sequence[Written],
-        record: IndexRecord | None = None,
+        self, alive: Mask, first_id: int, written: Sequence[Written], record: IndexRecord | None = None
     ) -> FileRef:
-        """ids.parquet, a row group a shard: those of `kept` as they were, then the new ones."""
+        """ids.parquet: the rows of `record` that are alive, then the new ones from `first_id` on."""
         with (
             self._replacing("ids.parquet") as (path, local),
             pq.ParquetWriter(local, schema.INDEX_IDS, compression="zstd") as writer,
         ):
-            if record is not None and kept:
+            if record is not None:
                 old = pq.ParquetFile(fetch(self.output, record.ids, check=True))
-                places = {shard.stem: number for number, shard in enumerate(record.shards)}
-                for shard in kept:
-                    writer.write_table(old.read_row_group(places[shard.stem]), shard.num_vectors)
-            for shard, names in zip(new, self._names(written), strict=True):
-                faiss_ids = np.arange(shard.first_id, shard.first_id + shard.num_vectors, dtype=np.int64)
-                table = pa.table([pa.array(faiss_ids), names], schema.INDEX_IDS)
-                writer.write_table(table, row_group_size=shard.num_vectors)
+                for batch in old.iter_batches(_IDS_AT_ONCE):
+                    writer.write_batch(batch.filter(pa.array(alive[batch.column(0).to_numpy()])))
+            for piece in written:
+                for names in pq.ParquetFile(fetch(self.output, piece.ids)).iter_batches(_IDS_AT_ONCE):
+                    faiss_ids = np.arange(first_id, first_id + len(names), dtype=np.int64)
+                    columns = [pa.array(faiss_ids), names.column(0)]
+                    writer.write_batch(pa.record_batch(columns, schema.INDEX_IDS))
+                    first_id += len(names)
             writer.close()
             return FileRef.of(path, local)
-
-    def _names(self, written: Sequence[Written]) -> Iterator[pa.ChunkedArray]:
-        for piece in written:
-            parquet = pq.ParquetFile(fetch(self.output, piece.ids))
-            for number in range(parquet.num_row_groups):
-                yield parquet.read_row_group(number).column(0)
 
     @contextlib.contextmanager
     def _replacing(self, name: str) -> Iterator[tuple[str, Path]]:

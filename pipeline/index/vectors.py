@@ -36,7 +36,7 @@ Mask = npt.NDArray[np.bool_]
 
 @dataclass(frozen=True)
 class ShardIds:
-    """The ids of one commit: `num_vectors` from `first_id` on, and a row group of ids.parquet."""
+    """The ids of one commit: `num_vectors` from `first_id` on."""
 
     stem: str
     first_id: int
@@ -96,7 +96,7 @@ def read_vectors(output: Storage, commit_file: str) -> Iterator[tuple[pa.Array, 
 def write_segment(output: Storage, build: str, name: str, commits: tuple[Commit, ...]) -> Written:
     """Copy the usable embeddings of some commits into a segment, and their image ids beside it.
 
-    The ids go to the build's own folder, a row group a commit. Raises OutputError where a committed file
+    The ids go to the build's own folder. Raises OutputError where a committed file
     has gone: another run redid its shard meanwhile.
     """
     vectors_path, ids_path = f"{VECTORS}/{build}-{name}.f32", f"{BUILD}/{build}/{name}.ids.parquet"
@@ -127,7 +127,7 @@ def write_segment(output: Storage, build: str, name: str, commits: tuple[Commit,
             excluded.append((commit.stem, commit.num_rows - count))
             if count:
                 image_ids = pa.chunked_array(names, pa.string()).combine_chunks()
-                writer.write_table(pa.table([image_ids], names_schema), row_group_size=count)
+                writer.write_table(pa.table([image_ids], names_schema))
         target.flush()
         size = target.tell()
         writer.close()
@@ -145,6 +145,11 @@ class VectorStore:
         self._fetch = fetch
         self._starts = np.array([segment.first_id for segment in self.segments], np.int64)
         self._open: dict[int, Vectors] = {}
+
+    def open_all(self) -> None:
+        """Map every segment now, so that it can be read even when its file is deleted."""
+        for number in range(len(self.segments)):
+            self.rows(number)
 
     def take(self, ids: Ids) -> Vectors:
         """The vectors (N, D) of these ids, in their order."""
