@@ -27,12 +27,11 @@ from pipeline import schema
 from pipeline.commits import EMBEDDINGS
 from pipeline.errors import FingerprintError, SearchError
 from pipeline.fingerprint import Fingerprint, preprocessing_of, require_fingerprint
-from pipeline.index.draft import alive_flags
 from pipeline.index.engine import Engine, open_faiss
 from pipeline.index.files import fetch
 from pipeline.index.memory import give_back
 from pipeline.index.record import read_ids, read_record
-from pipeline.index.vectors import Ids, Mask, Vectors, VectorStore, normalize, usable
+from pipeline.index.vectors import Ids, Mask, Vectors, VectorStore, alive_flags, normalize, usable
 from pipeline.storage import Storage
 from pipeline.where import matching_ids
 

@@ -33,6 +33,7 @@ from pipeline.index.vectors import (
     ShardIds,
     VectorStore,
     Written,
+    alive_flags,
     write_segment,
 )
 from pipeline.storage import Storage
@@ -230,14 +231,6 @@ class Drafter:
         path = f"{INDEX}/{self.version}/{name}"
         with self.output.replacing(path) as local:
             yield path, local
-
-
-def alive_flags(shards: Sequence[ShardIds], next_id: int) -> Mask:
-    """A flag for every id there has been: whether it is of one of these shards."""
-    alive = np.zeros(next_id, np.bool_)
-    for shard in shards:
-        alive[shard.first_id : shard.first_id + shard.num_vectors] = True
-    return alive
 
 
 def _groups(commits: Sequence[Commit], most: int) -> Iterator[tuple[Commit, ...]]:

@@ -9,7 +9,7 @@ vector. What re-ranks, measures, filters and compares reads exact vectors here, 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -41,6 +41,14 @@ class ShardIds:
     stem: str
     first_id: int
     num_vectors: int
+
+
+def alive_flags(shards: Sequence[ShardIds], next_id: int) -> Mask:
+    """A flag for every id there has been: whether it is of one of these shards."""
+    alive = np.zeros(next_id, np.bool_)
+    for shard in shards:
+        alive[shard.first_id : shard.first_id + shard.num_vectors] = True
+    return alive
 
 
 @dataclass(frozen=True)
