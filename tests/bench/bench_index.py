@@ -42,11 +42,11 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING or __package__:
     from tests.bench.index_corpus import Corpus, corpus_in
-    from tests.bench.index_steps import NUM_CORES, Figures, versions_of
+    from tests.bench.index_steps import NUM_CORES, FailedError, Figures, versions_of
 else:  # a script; autofaiss's environment has another package of the name `tests`
     sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
     from index_corpus import Corpus, corpus_in
-    from index_steps import NUM_CORES, Figures, versions_of
+    from index_steps import NUM_CORES, FailedError, Figures, versions_of
 
 INTERVAL_S = 0.02
 RIVALS = {"brute": "brute_force", "faiss_sq8": "faiss_ivf_sq8", "autofaiss": "autofaiss"}
@@ -57,10 +57,6 @@ FIGURES = (
 HEADINGS = ("recall@10", "ms", "p95", "queries/s", "build_s", "build_MB", "search_MB", "index_MB")
 PACKAGES = ("cvt-pipeline", "faiss-cpu", "numpy", "pyarrow")
 CLI = Path(sys.executable).parent / "cvt-pipeline"
-
-
-class FailedError(Exception):
-    """A contender's process that failed or took too long, with its last words."""
 
 
 def measured(command: list[str], num_threads: int, timeout_s: float = math.inf) -> tuple[Figures, Figures]:

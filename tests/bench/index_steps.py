@@ -32,6 +32,10 @@ AVAILABLE_TO_BUDGET = (1.2, 2, 4, 8, 16)  # what autofaiss is told that it may t
 Figures = dict[str, Any]
 
 
+class FailedError(Exception):
+    """A contender's process that failed or took too long, with its last words."""
+
+
 def build_brute_force(corpus: Corpus, folder: Path, step: Figures) -> Figures:
     index = faiss.IndexFlatIP(corpus.dim)
     index.add(corpus.vectors())
