@@ -505,6 +505,7 @@ def test_fast_decoding_is_that_of_the_model_room(plugged: Plugged) -> None:
     assert pixels != decode_image(photo, PROCESSOR, None).pixels.tobytes()
 
 
+@pytest.mark.slow  # tests/test_poison.py has a short one
 def test_a_run_over_poison_ends_well_with_every_other_image(
     plugged: Plugged, tiny_model: Path, tmp_path: Path
 ) -> None:

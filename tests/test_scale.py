@@ -63,6 +63,7 @@ print([tally.images, dict(tally.rejects), tally.stopped, tally.failed_shards])
 """
 
 
+@pytest.mark.slow
 def test_one_tar_is_decoded_by_all_cores_at_once(tiny_model, tmp_path):
     """Decoders one after another would never meet, and each would end its first image as a reject."""
     count = 2000
