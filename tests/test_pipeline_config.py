@@ -11,6 +11,7 @@ from pipeline.config import Config, IndexConfig
 from pipeline.errors import ConfigError
 from pipeline.load_config import load_config, load_section
 
+CONFIGS = Path(__file__).parents[1] / "configs"
 MINIMAL = "input: {uri: in}\nmodel: {checkpoint: m}\noutput: {uri: out}\n"
 
 
@@ -144,3 +145,16 @@ def test_a_section_alone_takes_its_own_keys_and_no_others() -> None:
         load_section(IndexConfig, ["index.memory_budget=much"], "index")
     with pytest.raises(ConfigError, match=r"model: not a key of this command"):
         load_section(IndexConfig, ["model.precision=float32"], "index")
+
+
+@pytest.mark.parametrize("path", sorted(CONFIGS.glob("*.yaml")), ids=lambda path: path.name)
+def test_the_examples_are_valid(path: Path) -> None:
+    assert load_config(path, environ={}).output.uri
+
+
+@pytest.mark.parametrize(
+    ("text", "num_bytes"), [("4GB", 4e9), ("400 MB", 4e8), ("1.5GiB", 1.5 * 2**30), ("5000000", 5e6)]
+)
+def test_memory_is_said_in_bytes_or_units(text: str, num_bytes: float) -> None:
+    section = load_section(IndexConfig, [f"index.memory_budget={text}"], "index")
+    assert section.memory_budget == num_bytes

@@ -21,7 +21,7 @@ from pipeline.index.vectors import Ids, Mask, Vectors, VectorStore
 
 BRUTE_FORCE_ROWS = 50_000  # a filter that leaves no more is answered by looking at each of them
 MIN_NEIGHBOURS = 10  # k_factor counts for this many at least
-_QUERIES_AT_ONCE = 256
+_QUERIES_AT_ONCE = 1024  # fewer, and a product of matrices has too little to do
 
 
 class Engine:
