@@ -67,6 +67,7 @@ def test_the_truth_is_that_of_brute_force_and_ties_may_stand_for_one_another(cor
     assert corpus.recall_at_10(worst.tolist()) == 0.0
 
 
+@pytest.mark.slow
 def test_one_run_prints_the_figures_of_all_and_null_for_rivals_that_are_absent(corpus: Corpus) -> None:
     words = [
         "--rows",

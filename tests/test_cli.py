@@ -394,6 +394,7 @@ def test_help_names_every_verb():
         assert f" {verb} " in done.stdout
 
 
+@pytest.mark.slow
 def test_a_model_named_by_a_relative_path_answers_searches_from_anywhere(
     ray_session, tiny_model, tmp_path, write_images, monkeypatch
 ):

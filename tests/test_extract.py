@@ -247,6 +247,7 @@ def test_a_checkpoint_without_a_head_gives_no_label_columns(choices, tiny_model,
     assert np.abs(embeddings - mixed_reference[2][:6]).max() < 1e-4  # without a LayerNorm: the raw token
 
 
+@pytest.mark.slow
 def test_the_back_end_changes_no_result_and_the_fingerprint_does_not_know_it(mixed, tiny_model, tmp_path):
     out = tmp_path / "out"
     choices = {"model__backend": "torch", "compute__batch_size": "auto", "compute__shard_images": 25}

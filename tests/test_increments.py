@@ -290,6 +290,7 @@ def test_young_images_wait_and_their_groups_are_not_touched(tiny_model, tmp_path
     assert files_of(tmp_path / "out") == before
 
 
+@pytest.mark.slow
 def test_an_ignored_broken_shard_does_not_fail_the_night(nights):
     whole = write_tar(nights.input / "6.tar", members(60)).read_bytes()
     (nights.input / "6.tar").write_bytes(whole[: len(whole) // 2])
