@@ -124,9 +124,11 @@ class Searcher:
         """The unit vectors (N, D) of indexed images, by their ids."""
         found = self.faiss_ids_of(pa.array(image_ids, pa.string()))
         if (found < 0).any():
-            missing = image_ids[int(np.argmin(found))]
-            raise SearchError(f"no image {missing} in the index of {self._output.uri}; ids are exact")
+            raise self._unknown(image_ids[int(np.argmin(found))])
         return self.engine.store.take(found)
+
+    def _unknown(self, image_id: str) -> SearchError:
+        return SearchError(f"no image {image_id} in the index of {self._output.uri}; ids are exact")
 
     def faiss_ids_of(self, image_ids: pa.Array) -> Ids:
         """The faiss ids (N,) of images, -1 for those that are not in the index."""
@@ -154,9 +156,12 @@ class Searcher:
 
     def by_id(self, image_id: str, k: int = 10, where: str | None = None) -> list[Hit]:
         """The k nearest images of an indexed one, itself first unless `where` leaves it out."""
-        scores, ids = self._search(self.vectors_of([image_id]), k, where)
+        place = pc.index(self._names, image_id).as_py()  # index_in would hash every id
+        if place < 0:
+            raise self._unknown(image_id)
+        own = int(self._faiss_ids[place])
+        scores, ids = self._search(self.engine.store.take(np.array([own])), k, where)
         ranked = [(int(n), float(score)) for n, score in zip(ids[0], scores[0], strict=True)]
-        own = int(self._faiss_ids[pc.index(self._names, image_id).as_py()])
         if where is None or self._mask(where)[own]:  # exact copies may rank before it
             ranked = [(own, ranked[0][1]), *(pair for pair in ranked if pair[0] != own)][: len(ranked)]
         return self._hits([n for n, _ in ranked], [score for _, score in ranked])

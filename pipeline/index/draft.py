@@ -85,9 +85,7 @@ class Drafter:
         shards, segments = _numbered(written, 0)
         next_id = segments[-1].end if segments else 0
         if not next_id:
-            raise OutputError(
-                f"{self.output.uri} has no embedding with a direction; there is nothing to index"
-            )
+            raise self._nothing()
         store = self.store(segments)
         live = np.arange(next_id, dtype=np.int64)
         index, imbalance = self._index(choice, store, segments, live)
@@ -109,9 +107,7 @@ class Drafter:
         )
         segments += new_segments
         if not segments:
-            raise OutputError(
-                f"{self.output.uri} has no embedding with a direction; there is nothing to index"
-            )
+            raise self._nothing()
         new_ids = np.arange(record.next_id, next_id, dtype=np.int64)
         index, imbalance = self._followed(record, choice, segments, new_segments, alive)
         ids = self._ids(alive, record.next_id, written, record)
@@ -136,9 +132,7 @@ class Drafter:
         self, choice: Choice, store: VectorStore, segments: tuple[Segment, ...], live: Ids
     ) -> tuple[FileRef, float | None]:
         if choice.type == "exact":
-            with self._replacing("index.faiss") as (path, local):
-                whole.write_exact(store, live, local)
-                return FileRef.of(path, local), None
+            return self._exact(store, live), None
         trained = make(choice.factory, self.dim)
         train(trained, choice, store, live)
         give_back()
@@ -158,9 +152,7 @@ class Drafter:
     ) -> tuple[FileRef, float | None]:
         store = self.store(segments)
         if choice.type == "exact":
-            with self._replacing("index.faiss") as (path, local):
-                whole.write_exact(store, np.flatnonzero(alive), local)
-                return FileRef.of(path, local), None
+            return self._exact(store, np.flatnonzero(alive)), None
         served = fetch(self.output, record.faiss_file, check=True)
         mapped = faiss.read_index(str(served), faiss.IO_FLAG_MMAP)
         if lists.ivf_of(mapped) is not None:
@@ -192,6 +184,11 @@ class Drafter:
             for first in range(0, segment.num_vectors, most)
         ]
         return [fetch(self.scratch, part) for part in self.run(add_part, pieces)]
+
+    def _exact(self, store: VectorStore, live: Ids) -> FileRef:
+        with self._replacing("index.faiss") as (path, local):
+            whole.write_exact(store, live, local)
+            return FileRef.of(path, local)
 
     def _merged(self, parts: Sequence[Path], alive: Mask) -> tuple[FileRef, float]:
         with self._replacing("index.faiss") as (path, local):

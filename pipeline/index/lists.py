@@ -46,7 +46,7 @@ def fill(trained: Any, blocks: Iterable[tuple[Ids, Vectors]], num_rows: int) -> 
     """Add the rows of `blocks`, `num_rows` in all, to an empty trained index.
 
     Rows are assigned to lists first and the lists made just as long as they need to be; growing step by
-    step would take twice the memory.
+    step would take twice the memory. Rows are transformed twice rather than kept.
     """
     ivf = ivf_of(trained)
     kept = list(blocks)

@@ -20,7 +20,8 @@ from pipeline.index.vectors import Ids, Mask, Vectors, VectorStore
 
 NUM_QUERIES = 512
 RECALL_AT = (1, 10, 100)
-DEPTH = 200  # neighbours kept, so that a hundred are left after many nights
+# Neighbours kept, so that a hundred are left after many nights.
+DEPTH: int = schema.TRUTH.field("neighbours").type.list_size
 _HELD_OUT = 8  # one row of so many
 _TIE = 1e-6
 
