@@ -8,8 +8,9 @@ import os
 import sys
 import time
 from collections.abc import Callable
+from pathlib import Path
 from types import TracebackType
-from typing import NoReturn
+from typing import Annotated, NoReturn
 
 import typer
 from rich.console import Console
@@ -29,6 +30,15 @@ from pipeline.stop import Stop
 
 LOG_FORMAT_VARIABLE = "CVT_PIPELINE__RUN__LOG_FORMAT"
 DONE, FAILED, BAD_INPUT, INCOMPLETE, BUSY = 0, 1, 2, 3, 4
+
+# The arguments of every verb that takes a config.
+ConfigFile = Annotated[Path, typer.Argument(help="YAML file; see the README for its keys")]
+Overrides = Annotated[list[str] | None, typer.Argument(help="key.path=value, over the file")]
+Into = Annotated[
+    str | None,
+    typer.Option(help="another output: a URL, a path, or a name beside output.uri"),
+]
+Verbose = Annotated[bool, typer.Option("--verbose", "-v", help="show what Ray has to say")]
 
 console = Console(stderr=True, soft_wrap=True, width=None if sys.stderr.isatty() else 200)
 

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING
 
 import typer
 
 from jobs.common import (
     DONE,
     INCOMPLETE,
+    ConfigFile,
+    Into,
+    Overrides,
+    Verbose,
     console,
     process_started,
     run_module,
@@ -27,13 +30,10 @@ SETTINGS: dict[str, object] = {}
 
 
 def extract(
-    config: Annotated[Path, typer.Argument(help="YAML file; see the README for its keys")],
-    overrides: Annotated[list[str] | None, typer.Argument(help="key.path=value, over the file")] = None,
-    into: Annotated[
-        str | None,
-        typer.Option(help="another output: a URL, a path, or a name beside output.uri"),
-    ] = None,
-    verbose: Annotated[bool, typer.Option("--verbose", "-v", help="show what Ray has to say")] = False,
+    config: ConfigFile,
+    overrides: Overrides = None,
+    into: Into = None,
+    verbose: Verbose = False,
 ) -> None:
     """Embed every new image of the input and commit the results, shard by shard."""
     stop = stop_on_signals()

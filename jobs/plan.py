@@ -3,24 +3,20 @@
 from __future__ import annotations
 
 import json
-from pathlib import Path
 from typing import Annotated
 
 import typer
 from rich.table import Table
 
-from jobs.common import console, run_module, set_up_logging
+from jobs.common import ConfigFile, Into, Overrides, console, run_module, set_up_logging
 
 SETTINGS: dict[str, object] = {}
 
 
 def plan(
-    config: Annotated[Path, typer.Argument(help="YAML file; see the README for its keys")],
-    overrides: Annotated[list[str] | None, typer.Argument(help="key.path=value, over the file")] = None,
-    into: Annotated[
-        str | None,
-        typer.Option(help="another output: a URL, a path, or a name beside output.uri"),
-    ] = None,
+    config: ConfigFile,
+    overrides: Overrides = None,
+    into: Into = None,
     as_json: Annotated[bool, typer.Option("--json", help="print the result on stdout")] = False,
 ) -> None:
     """Shards new, changed, deleted and done; images and bytes to read and to write."""

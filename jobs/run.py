@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
-from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING
 
 import typer
 from rich.markup import escape
@@ -13,6 +12,10 @@ from rich.markup import escape
 from jobs.common import (
     DONE,
     INCOMPLETE,
+    ConfigFile,
+    Into,
+    Overrides,
+    Verbose,
     console,
     exit_code,
     run_module,
@@ -32,13 +35,10 @@ logger = logging.getLogger("jobs")  # not __main__, as which `python -m` runs th
 
 
 def run(
-    config: Annotated[Path, typer.Argument(help="YAML file; see the README for its keys")],
-    overrides: Annotated[list[str] | None, typer.Argument(help="key.path=value, over the file")] = None,
-    into: Annotated[
-        str | None,
-        typer.Option(help="another output: a URL, a path, or a name beside output.uri"),
-    ] = None,
-    verbose: Annotated[bool, typer.Option("--verbose", "-v", help="show what Ray has to say")] = False,
+    config: ConfigFile,
+    overrides: Overrides = None,
+    into: Into = None,
+    verbose: Verbose = False,
 ) -> None:
     """The nightly job: extract, then index and dedup where the config has their sections."""
     stop = stop_on_signals()
