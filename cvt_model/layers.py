@@ -5,6 +5,7 @@ of `model.py`.
 """
 
 from collections import OrderedDict
+from collections.abc import Iterator
 
 import torch
 from torch import Tensor, nn
@@ -18,7 +19,13 @@ class QuickGELU(nn.Module):
 
 
 class DropPath(nn.Module):
-    """Stochastic depth: in training, drops a residual branch of whole samples, and scales up the rest."""
+    """Stochastic depth: in training, drops a residual branch of whole samples, and scales up the rest.
+
+    A sample is dropped where its chance (B,), uniform from 0 to 1, is under the rate. Who wants to repeat a
+    step sets `chances` before it, one tensor for each call; else they are drawn.
+    """
+
+    chances: Iterator[Tensor] | None = None
 
     def __init__(self, rate: float) -> None:
         super().__init__()
@@ -27,9 +34,12 @@ class DropPath(nn.Module):
     def forward(self, x_BLC: Tensor) -> Tensor:
         if not self.training or self.rate == 0.0:
             return x_BLC
-        keep = 1.0 - self.rate
-        kept_B11 = x_BLC.new_empty(x_BLC.shape[0], 1, 1).bernoulli_(keep)
-        return x_BLC * (kept_B11 / keep)
+        if self.chances is None:
+            chances_B = torch.rand(x_BLC.shape[0], device=x_BLC.device)
+        else:
+            chances_B = next(self.chances)
+        kept_B = (chances_B >= self.rate).to(x_BLC) / (1.0 - self.rate)
+        return x_BLC * kept_B[:, None, None]
 
 
 def named(**modules: nn.Module) -> nn.Sequential:

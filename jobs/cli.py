@@ -16,7 +16,7 @@ from jobs.common import run_verb
 
 VERBS = (
     *("classify", "run", "extract", "plan", "status", "verify", "index", "search", "dedup"),
-    *("convert", "demo", "bench"),
+    *("finetune", "convert", "demo", "bench"),
 )
 
 

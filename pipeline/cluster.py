@@ -74,10 +74,18 @@ class Cluster:
             )
         return share_out(compute, size, nodes)
 
-    def tasks(self, number: int) -> Runner:
+    @property
+    def num_gpus(self) -> float:
+        return float(ray.cluster_resources().get("GPU", 0))
+
+    @property
+    def cores(self) -> int:
+        return max(1, int(ray.cluster_resources().get("CPU", 1)))
+
+    def tasks(self, number: int, doing: str) -> Runner:
         """A way to run functions as Ray tasks, `number` at once, their results in order.
 
-        Tasks whose workers die are run again, three times at most.
+        Tasks whose workers die are run again, three times at most; `doing` is for the error after that.
         """
         cores = ray.cluster_resources().get("CPU", 1)
 
@@ -91,7 +99,7 @@ class Cluster:
                     cause = error.cause
                     raise cause if isinstance(cause, PipelineError) else error from None
                 except ray.exceptions.WorkerCrashedError as error:
-                    raise WorkersDiedError(4, "building the index") from error
+                    raise WorkersDiedError(4, doing) from error
 
         return run
 

@@ -44,8 +44,8 @@ class Place(Section):
         return {**values, "uri": shown, "storage_options": {**options, URI_CREDENTIALS: found}}
 
 
-class InputConfig(Place):
-    """Where the images are and how they are laid out."""
+class Source(Place):
+    """Where images are and how they are laid out."""
 
     uri: str = Field(min_length=1, description="folder, file or glob; local or any fsspec URL")
     format: Literal["auto", "images", "webdataset", "parquet", "manifest"] = Field(
@@ -56,6 +56,17 @@ class InputConfig(Place):
         description="Parquet: column of image bytes; manifest: column of URIs (found if not given)",
     )
     id_column: str | None = Field(None, description="Parquet: column whose value is the image_id")
+    ignore_shards: tuple[str, ...] = Field(
+        (), description="shards to leave out, by the names that reports give; * and ? match"
+    )
+    storage_options: StorageOptions = Field(
+        default_factory=dict, description="options of the input's file system, over storage_options"
+    )
+
+
+class InputConfig(Source):
+    """The input of an extraction."""
+
     metadata_columns: Literal["all"] | tuple[str, ...] = Field(
         (), description="columns (WebDataset: extensions) to carry into the output, or all"
     )
@@ -67,12 +78,6 @@ class InputConfig(Place):
         "keep", description="what becomes of the rows of shards and images that are gone from the input"
     )
     min_age_s: float = Field(0, ge=0, description="younger files wait for the next run")
-    ignore_shards: tuple[str, ...] = Field(
-        (), description="shards to leave out, by the names that reports give; * and ? match"
-    )
-    storage_options: StorageOptions = Field(
-        default_factory=dict, description="options of the input's file system, over storage_options"
-    )
 
 
 class ModelConfig(Section):
@@ -96,17 +101,22 @@ class ModelConfig(Section):
     )
 
 
-class OutputConfig(Place):
-    """Where results go and which columns they have."""
+class Destination(Place):
+    """Where results go."""
 
     uri: str = Field(min_length=1, description="folder for the results; local or any fsspec URL")
+    storage_options: StorageOptions = Field(
+        default_factory=dict, description="options of the output's file system, over storage_options"
+    )
+
+
+class OutputConfig(Destination):
+    """Where an extraction's results go and which columns they have."""
+
     logits: Literal["full", "none"] | Annotated[int, Field(strict=True, ge=1)] = Field(
         "full", description="full, none, or the number K of largest logits to keep"
     )
     dtype: Literal["float32", "float16"] = Field("float32", description="type of stored vectors")
-    storage_options: StorageOptions = Field(
-        default_factory=dict, description="options of the output's file system, over storage_options"
-    )
 
 
 class ActorRange(Section):
@@ -144,8 +154,8 @@ class ComputeConfig(Section):
     shard_images: int = Field(4096, ge=1, description="loose images grouped into one shard")
 
 
-class LimitsConfig(Section):
-    """What an image may cost, and when a run should rather stop."""
+class ImageLimits(Section):
+    """What an image may cost, and how many may fail."""
 
     max_pixels: int = Field(DEFAULT_MAX_PIXELS, ge=1, description="pixels of one image")
     max_image_bytes: int = Field(1_000_000_000, ge=1, description="encoded bytes of one image")
@@ -155,13 +165,18 @@ class LimitsConfig(Section):
         le=1,
         description="share of rejects over which the run stops, from 1,000 samples on",
     )
+    image_timeout_s: float = Field(60, gt=0, description="seconds after which decoding an image is ended")
+
+
+class LimitsConfig(ImageLimits):
+    """When an extraction should rather stop."""
+
     max_deleted_fraction: float = Field(
         0.1,
         ge=0,
         le=1,
         description="share of what is committed that may be gone from the input before nothing is removed",
     )
-    image_timeout_s: float = Field(60, gt=0, description="seconds after which decoding an image is ended")
 
 
 class RunConfig(Section):

@@ -35,9 +35,17 @@ def load_config(
     environ: Mapping[str, str] = os.environ,
     into: str | None = None,
 ) -> Config:
+    """The validated configuration of an extraction; `into` names another output (see `Config.into`)."""
+    config = read_config(Config, path, overrides, environ)
+    return config if into is None else config.into(into)
+
+
+def read_config(
+    model: type[M], path: Path, overrides: Iterable[str] = (), environ: Mapping[str, str] = os.environ
+) -> M:
     """The validated configuration of a YAML file, the environment and `key.path=value` overrides.
 
-    `into` names another output (see `Config.into`). Raises ConfigError, with one line for each bad key.
+    Raises ConfigError, with one line for each bad key.
     """
     try:
         text = path.read_text(encoding="utf-8")
@@ -52,8 +60,7 @@ def load_config(
     _merge_environment(values, environ)
     for override in overrides:
         _merge_override(values, override)
-    config = validate(Config, values, origin=str(path))
-    return config if into is None else config.into(into)
+    return validate(model, values, origin=str(path))
 
 
 def load_section(section: type[M], overrides: Iterable[str], name: str) -> M:

@@ -16,7 +16,7 @@ from typing import Any
 
 from fsspec.utils import glob_translate
 
-from pipeline.config import InputConfig
+from pipeline.config import Source
 from pipeline.errors import EmptyInputError, InputError
 from pipeline.storage import FileInfo, Storage, parent_and_name, split_glob, storage_errors
 
@@ -138,7 +138,7 @@ def name_part(stem: str) -> str:
 
 
 def list_input(
-    config: InputConfig, output: Storage | None = None, options: Mapping[str, Any] | None = None
+    config: Source, output: Storage | None = None, options: Mapping[str, Any] | None = None
 ) -> Listing:
     """List the input and judge its layout. `options` are those of its file system.
 

@@ -59,6 +59,6 @@ def runner(workers: Literal["auto"] | int) -> Iterator[tuple[Runner, bool]]:
     cluster = Cluster(verbose=False)
     try:
         number = len(cluster.hosts) if workers == "auto" else workers
-        yield cluster.tasks(number), True
+        yield cluster.tasks(number, "building the index"), True
     finally:
         cluster.close()

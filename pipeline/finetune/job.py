@@ -1,0 +1,157 @@
+"""`finetune`: from a configuration to a checkpoint that extract loads.
+
+Lists and prepares the labelled images, trains, and writes what came of it. A kill at any moment costs the
+seconds since the last state; the same command goes on from there.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from cvt_model.choices import resolve_precision
+from pipeline.errors import ConfigError
+from pipeline.finetune.config import FinetuneConfig
+from pipeline.finetune.network import Start, find_start
+from pipeline.finetune.sample_set import open_samples
+from pipeline.finetune.samples import FOLDER as SAMPLES
+from pipeline.finetune.sources import Found, LabelledShards, list_sources, prepare, stems_of
+from pipeline.lease import acquire
+from pipeline.stop import Stop
+from pipeline.storage import STAGING, Storage, unique_name
+
+if TYPE_CHECKING:
+    from pipeline.cluster import Cluster
+    from pipeline.finetune.fit import Placement
+    from pipeline.finetune.training import Job
+
+logger = logging.getLogger(__name__)
+
+OnProgress = Callable[[dict[str, Any]], None]
+"""Told what goes on: `phase` (preparing or training) and its figures."""
+
+
+@dataclass(frozen=True)
+class Trained:
+    """What came of a training."""
+
+    output: str
+    metrics: dict[str, Any]
+    failed_shards: dict[str, str]  # by stem: name and reason
+
+
+def finetune(
+    config: FinetuneConfig, *, stop: Stop, on_progress: OnProgress, verbose: bool = False
+) -> Trained:
+    """Train, or go on with a training, to its end.
+
+    Raises PipelineError for everything that a user can mend, Interrupted where a signal came first.
+    """
+    output = Storage(config.output.uri, config.output_options)
+    start = find_start(config.model)
+    output.check_reachable()
+    sources = list_sources(config, start.processor, output)
+    output.check_writable()
+    stop.check()
+    lease = acquire(output, unique_name(), config.run.lease_s)
+    cluster = None
+    try:
+        lease.keep()
+        output.delete_folder(STAGING)
+        from pipeline.cluster import Cluster  # Ray, which takes seconds to start
+
+        cluster = Cluster(verbose=verbose)
+        stop.install()
+
+        def prepared(number: int, total: int) -> None:
+            stop.check()
+            lease.still_held()
+            on_progress({"phase": "preparing", "shards": number, "total_shards": total})
+
+        found = prepare(sources, output, cluster.tasks(cluster.cores, "preparing images"), config, prepared)
+        placement = _place(config, cluster)
+        job = _job(config, start, sources, found, output, on_gpu=placement.on_gpu)
+        _check_batch(config, placement.num_workers)
+
+        def told(values: dict[str, Any]) -> None:
+            lease.still_held()
+            if values:
+                on_progress({"phase": "training", **values})
+
+        from pipeline.finetune.fit import fit
+
+        fit(job, placement, stop, told)
+        lease.check()
+    finally:
+        if cluster:
+            cluster.close()
+        lease.release()
+    from pipeline.finetune.results import write_results
+
+    metrics = write_results(job, found)
+    output.delete_folder(SAMPLES)
+    return Trained(config.output.uri, metrics, found.failed_shards)
+
+
+def _place(config: FinetuneConfig, cluster: Cluster) -> Placement:
+    """Workers by GPU where there are any, else one, with all cores of its machine."""
+    from pipeline.finetune.fit import Placement
+
+    gpus, cores = cluster.num_gpus, cluster.cores
+    asked, workers = config.compute.worker_gpus, config.compute.workers
+    on_gpu = bool(gpus) if asked == "auto" else bool(asked)
+    if on_gpu and not gpus:
+        raise ConfigError("compute.worker_gpus: the cluster has no GPU; leave it out, or set it to 0")
+    if workers == "auto":
+        workers = int(gpus) if on_gpu else 1
+    if on_gpu and workers > gpus:
+        raise ConfigError(f"compute.workers: {workers} workers need a GPU each; the cluster has {gpus:g}")
+    each = max(1, cores // workers)
+    return Placement(workers, on_gpu, each, each)
+
+
+def _check_batch(config: FinetuneConfig, num_workers: int) -> None:
+    """Every worker and every part of a batch must have the same number of images, pairs where they are mixed."""
+    augment, parts = config.augment, num_workers * config.train.accumulate
+    pair = 2 if augment.mix_probability and (augment.mixup or augment.cutmix) else 1
+    if config.train.batch_size % (parts * pair):
+        raise ConfigError(
+            f"train.batch_size: {config.train.batch_size} is not a multiple of {parts * pair}: {num_workers} "
+            f"workers, train.accumulate {config.train.accumulate}"
+            f"{', and pairs of images that mixup and cutmix mix' if pair == 2 else ''}"
+        )
+
+
+def _job(
+    config: FinetuneConfig,
+    start: Start,
+    sources: list[LabelledShards],
+    found: Found,
+    output: Storage,
+    *,
+    on_gpu: bool,
+) -> Job:
+    from pipeline.finetune.training import Job
+
+    classes = start.classes(found.classes)
+    stems = stems_of(sources, found)
+    train, validation = (open_samples(output, stems, part, classes) for part in ("train", "validation"))
+    precision = resolve_precision(config.model.precision, on_gpu=on_gpu)
+    if precision == "float16" and not on_gpu:
+        raise ConfigError("model.precision: float16 trains on GPUs only; choose float32 or bfloat16")
+    identity = [
+        stems,
+        classes,
+        len(train),
+        start.identity,
+        start.processor.to_dict(),
+        config.train.model_dump(mode="json"),
+        config.augment.model_dump(mode="json"),
+        precision,
+    ]
+    digest = hashlib.sha256(json.dumps(identity).encode()).hexdigest()[:16]
+    return Job(config, start, classes, train, validation, output, precision, digest)

@@ -1,0 +1,2 @@
+def model_card(metrics):
+    return "card\n"

@@ -1,0 +1,2 @@
+def training_page(metrics):
+    return "page"

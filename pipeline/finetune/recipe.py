@@ -1,0 +1,138 @@
+"""The recipe's arithmetic: which weights decay, how the rate moves, how weights are averaged, how images mix.
+
+Enters: numbers and tensors. Leaves: the same. Knows no files, no processes.
+Shape suffixes: B batch, C channels, H, W height and width, K classes.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import numpy as np
+import torch
+import torch.nn.functional as F  # noqa: N812
+from torch import Tensor, nn
+
+from pipeline.finetune.config import AugmentConfig, TrainConfig
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """A training's length, and the learning rate of each step: a linear rise, then half a cosine."""
+
+    total_steps: int
+    warmup_steps: int
+    peak: float
+    floor: float
+
+    @classmethod
+    def of(cls, train: TrainConfig, num_samples: int) -> Schedule:
+        steps_per_epoch = num_samples / train.batch_size
+        total = max(1, math.ceil(train.epochs * steps_per_epoch))
+        warmup = min(total, round(train.warmup_epochs * steps_per_epoch))
+        floor = min(train.min_learning_rate, train.learning_rate)
+        return cls(total, warmup, train.learning_rate, floor)
+
+    def rate(self, step: int) -> float:
+        """The learning rate of a step, the first being 0."""
+        if step < self.warmup_steps:
+            return self.peak * (step + 1) / self.warmup_steps
+        share = (step - self.warmup_steps) / max(1, self.total_steps - self.warmup_steps)
+        return self.floor + (self.peak - self.floor) * (1 + math.cos(math.pi * share)) / 2
+
+
+def make_optimizer(model: nn.Module, train: TrainConfig) -> torch.optim.AdamW:
+    """AdamW over what learns; norms, biases and CLS tokens do not decay."""
+    decaying, others = [], []
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            plain = parameter.ndim > 1 and not name.endswith("cls_token")
+            (decaying if plain else others).append(parameter)
+    groups = [
+        {"params": decaying, "weight_decay": train.weight_decay},
+        {"params": others, "weight_decay": 0.0},
+    ]
+    return torch.optim.AdamW(groups, lr=train.learning_rate, betas=train.betas, fused=True)
+
+
+class Average:
+    """An exponential moving average of a network's weights and statistics."""
+
+    def __init__(self, model: nn.Module, decay: float) -> None:
+        self._decay = decay
+        self.state = {name: value.detach().clone() for name, value in model.state_dict().items()}
+
+    @torch.no_grad()
+    def update(self, model: nn.Module, step: int) -> None:
+        """Take in the weights after a step, the first being 0; the first steps count for more."""
+        weight = 1 - min(self._decay, (1 + step) / (10 + step))
+        averaged, fresh = [], []
+        for name, value in model.state_dict().items():
+            if value.is_floating_point():
+                averaged.append(self.state[name])
+                fresh.append(value)
+            else:
+                self.state[name].copy_(value)
+        torch._foreach_lerp_(averaged, fresh, weight)
+
+
+class Mix(NamedTuple):
+    """How the pairs of a batch are mixed: `kept` is the share of an image's own; all of it where none is."""
+
+    kept: float
+    box: tuple[int, int, int, int] | None = None  # top, bottom, left, right of what cutmix exchanges
+
+
+NO_MIX = Mix(1.0)
+
+
+def draw_mix(augment: AugmentConfig, size: int, rng: np.random.Generator) -> Mix:
+    """Mixup, cutmix or neither, for one batch (arXiv 1710.09412, 1905.04899, as DeiT combines them)."""
+    alphas = [alpha for alpha in (augment.mixup, augment.cutmix) if alpha]
+    if not alphas or rng.random() >= augment.mix_probability:
+        return NO_MIX
+    cut = bool(augment.cutmix) and (not augment.mixup or rng.random() < 0.5)
+    alpha = augment.cutmix if cut else augment.mixup
+    kept = float(rng.beta(alpha, alpha))
+    if not cut:
+        return Mix(kept)
+    side = round(size * math.sqrt(1 - kept))
+    y, x = rng.integers(size, size=2)
+    top, left = max(0, int(y) - side // 2), max(0, int(x) - side // 2)
+    bottom, right = min(size, int(y) - side // 2 + side), min(size, int(x) - side // 2 + side)
+    return Mix(1 - (bottom - top) * (right - left) / size**2, (top, bottom, left, right))
+
+
+def mix_pairs(x_BCHW: Tensor, mix: Mix) -> Tensor:
+    """Each image mixed with its neighbour, the first with the second, the third with the fourth…"""
+    if mix.kept == 1:
+        return x_BCHW
+    if mix.box is None:
+        return x_BCHW.lerp(swap_pairs(x_BCHW), 1 - mix.kept)
+    top, bottom, left, right = mix.box
+    mixed_BCHW = x_BCHW.clone()
+    mixed_BCHW[:, :, top:bottom, left:right] = swap_pairs(x_BCHW[:, :, top:bottom, left:right])
+    return mixed_BCHW
+
+
+def swap_pairs(x_B: Tensor) -> Tensor:
+    """Neighbours exchanged; B must be even."""
+    return x_B.unflatten(0, (-1, 2)).flip(1).flatten(0, 1)
+
+
+def mixed_loss(logits_BK: Tensor, labels_B: Tensor, mix: Mix, label_smoothing: float) -> Tensor:
+    """The mean cross-entropy with the labels of both images, by their shares."""
+    loss = F.cross_entropy(logits_BK, labels_B, label_smoothing=label_smoothing)
+    if mix.kept == 1:
+        return loss
+    other = F.cross_entropy(logits_BK, swap_pairs(labels_B), label_smoothing=label_smoothing)
+    return mix.kept * loss + (1 - mix.kept) * other
+
+
+def clip_gradients(parameters: Iterable[nn.Parameter], most: float | None) -> None:
+    """Scale all gradients down where their norm is over `most`."""
+    if most is not None:
+        torch.nn.utils.clip_grad_norm_(parameters, most)

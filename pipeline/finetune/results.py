@@ -1,0 +1,103 @@
+"""What a training leaves: the best network where extract and transformers find it, and how good it is.
+
+Enters: a finished training's states. Leaves: `config.json`, `model.safetensors`, `preprocessor_config.json`
+and a model card in the output itself, the last weights in `last/`, `metrics.json` and a page.
+"""
+
+from __future__ import annotations
+
+import json
+import tempfile
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from cvt_model.model import CvtForImageClassification
+from cvt_model.save import save_checkpoint
+from pipeline.errors import OutputError
+from pipeline.finetune.model_card import model_card
+from pipeline.finetune.network import with_classes
+from pipeline.finetune.page import training_page
+from pipeline.finetune.sources import Found
+from pipeline.finetune.state import Progress, Tensors, read_best, read_state, without_prefix
+from pipeline.finetune.training import Job
+from pipeline.quality import calibration, per_class
+from pipeline.storage import Storage
+
+METRICS, PAGE, CARD = "metrics.json", "training.html", "README.md"
+MOST_CONFUSED = 100  # classes of a confusion matrix that is written out
+
+
+def write_results(job: Job, found: Found) -> dict[str, Any]:
+    """Write them all, `metrics.json` last; its values are returned."""
+    state = read_state(job.output, job.digest)
+    if state is None or not state[0].finished:
+        raise OutputError(f"{job.output.uri}: the training has no finished state; run it again")
+    progress, tensors = state
+    facts, best = read_best(job.output)
+    averaged = without_prefix("average/", tensors) or without_prefix("model/", tensors)
+    _write_model(job, averaged, "last/")
+    _write_model(job, without_prefix("model/", best), "")
+    metrics = _metrics(job, found, progress, facts, without_prefix("said/", best))
+    job.output.write_bytes(CARD, model_card(metrics).encode())
+    job.output.write_bytes(PAGE, training_page(metrics).encode())
+    job.output.write_bytes(METRICS, (json.dumps(metrics, indent=1) + "\n").encode())
+    return metrics
+
+
+def _write_model(job: Job, state: Tensors, folder: str) -> None:
+    """The network with these weights in the Hub's layout; each file appears whole."""
+    model = CvtForImageClassification(with_classes(job.start.config, job.classes))
+    model.load_state_dict(state)
+    with tempfile.TemporaryDirectory(prefix="cvt-pipeline-") as local:
+        for path in save_checkpoint(local, model, job.start.processor):
+            _upload(job.output, path, folder + path.name)
+
+
+def _upload(output: Storage, local: Path, path: str) -> None:
+    with output.replacing(path) as target:
+        target.write_bytes(local.read_bytes())
+
+
+def _metrics(
+    job: Job, found: Found, progress: Progress, facts: dict[str, Any], said: Tensors
+) -> dict[str, Any]:
+    """`metrics.json`; the names are a contract."""
+    labels, classes = said["labels"].numpy(), said["classes"].numpy()
+    correct = labels == classes
+    config = job.config
+    return {
+        "accuracy": float(correct.mean()),
+        "top5_accuracy": float(said["in_top5"].double().mean()),
+        "calibration_error": calibration(said["confidence"].numpy(), correct).error,
+        "best_epoch": round(job.epochs_after(facts["step"]), 4),
+        "epochs": round(job.epochs_after(progress.step), 4),
+        "steps": progress.step,
+        "seconds": round(progress.seconds, 1),
+        "train_images": len(job.train),
+        "validation_images": len(job.validation),
+        "rejects": dict(found.rejects),
+        "failed_shards": list(found.failed_shards.values()),
+        "classes": list(job.classes),
+        "per_class": per_class(labels, classes, job.classes),
+        "confusion": _confusion(labels, classes, len(job.classes)),
+        "history": progress.history,
+        "precision": job.precision,
+        "pixels": job.start.pixels,
+        "parameters": sum(p.numel() for p in job.start.build(job.classes, 0).parameters()),
+        "from": config.model.checkpoint or None,
+        "config": config.model_dump(mode="json"),
+        "versions": {name: version(name) for name in ("cvt-pipeline", "torch", "ray")},
+    }
+
+
+def _confusion(labels: np.ndarray, classes: np.ndarray, num_classes: int) -> list[list[int]] | None:
+    """Images by their label (rows) and by what was said of them (columns); None of too many classes."""
+    if num_classes > MOST_CONFUSED:
+        return None
+    counts = np.zeros((num_classes, num_classes), np.int64)
+    np.add.at(counts, (labels, classes), 1)
+    rows: list[list[int]] = counts.tolist()
+    return rows

@@ -1,0 +1,141 @@
+"""A training's state as files: whole or absent, whatever happens while they are written.
+
+`checkpoints/step-<n>.safetensors` holds all that a training needs to go on as if nothing had happened;
+`checkpoints/best.safetensors` the weights that did best, with what they said of the validation images.
+Tensors are in safetensors and the rest is JSON in its header: nothing is ever unpickled.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from pipeline.errors import OutputError
+from pipeline.storage import Storage
+
+FOLDER = "checkpoints"
+BEST = f"{FOLDER}/best.safetensors"
+KEPT = 2  # the newest, and one in case it is not readable
+_FACTS = "cvt-pipeline"
+Tensors = dict[str, Tensor]
+
+
+@dataclass
+class Sums:
+    """What the steps since the last evaluation add up to."""
+
+    loss: float = 0.0
+    correct: float = 0.0
+    images: int = 0
+    seconds: float = 0.0
+
+
+@dataclass
+class Progress:
+    """Where a training stands, beside its tensors."""
+
+    digest: str  # of all that settles its course
+    step: int = 0  # steps done
+    best_step: int = 0
+    best_accuracy: float = -1.0
+    finished: bool = False
+    seconds: float = 0.0  # of work, over all runs
+    sums: Sums = field(default_factory=Sums)
+    history: list[dict[str, float]] = field(default_factory=list)  # a row for each evaluation
+
+    def to_json(self) -> str:
+        return json.dumps(asdict(self))
+
+    @classmethod
+    def from_json(cls, text: str) -> Progress:
+        values = json.loads(text)
+        return cls(**{**values, "sums": Sums(**values["sums"])})
+
+
+def write_state(output: Storage, progress: Progress, tensors: Tensors) -> None:
+    """Put the state in place, whole; older ones go."""
+    _write(output, f"{FOLDER}/step-{progress.step:09d}.safetensors", progress.to_json(), tensors)
+    for older in _states(output)[:-KEPT]:
+        output.delete(older)
+
+
+def read_state(output: Storage, digest: str) -> tuple[Progress, Tensors] | None:
+    """The newest state that is whole; None where there is none.
+
+    Raises OutputError where the states are another training's.
+    """
+    for path in reversed(_states(output)):
+        try:
+            facts, tensors = _read(output, path)
+        except SafetensorError:  # a disk that lost what it had promised to keep
+            continue
+        progress = Progress.from_json(facts)
+        if progress.digest != digest:
+            raise OutputError(
+                f"output.uri: {output.uri} holds another training (other images, network, recipe or seed); "
+                "choose another output, or delete this one to begin anew"
+            )
+        return progress, tensors
+    return None
+
+
+def write_best(output: Storage, facts: dict[str, Any], tensors: Tensors) -> None:
+    """Keep these weights as the best, with what is to be known of them."""
+    _write(output, BEST, json.dumps(facts), tensors)
+
+
+def read_best(output: Storage) -> tuple[dict[str, Any], Tensors]:
+    """The best weights, and what was said of them."""
+    facts, tensors = _read(output, BEST)
+    return json.loads(facts), tensors
+
+
+def prefixed(prefix: str, tensors: Tensors) -> Tensors:
+    """The tensors under names that begin with `prefix`."""
+    return {f"{prefix}{name}": value for name, value in tensors.items()}
+
+
+def without_prefix(prefix: str, tensors: Tensors) -> Tensors:
+    """The tensors whose names begin with `prefix`, under the rest of their names."""
+    chosen = {name: value for name, value in tensors.items() if name.startswith(prefix)}
+    return {name.removeprefix(prefix): value for name, value in chosen.items()}
+
+
+def optimizer_tensors(optimizer: torch.optim.Optimizer) -> Tensors:
+    """What an optimizer remembers, by the number of the parameter and a name."""
+    state = optimizer.state_dict()["state"]
+    return {f"{number}.{name}": value for number, values in state.items() for name, value in values.items()}
+
+
+def load_optimizer(optimizer: torch.optim.Optimizer, tensors: Tensors) -> None:
+    """Give an optimizer its memory back."""
+    state: dict[int, dict[str, Tensor]] = {}
+    for key, value in tensors.items():
+        number, _, name = key.partition(".")
+        state.setdefault(int(number), {})[name] = value
+    optimizer.load_state_dict({**optimizer.state_dict(), "state": state})
+
+
+def _states(output: Storage) -> list[str]:
+    return [file.path for file in output.find(FOLDER) if file.path.startswith(f"{FOLDER}/step-")]
+
+
+def _write(output: Storage, path: str, facts: str, tensors: Tensors) -> None:
+    tensors = {name: value.detach().cpu().contiguous() for name, value in tensors.items()}
+    with output.replacing(path) as local:
+        try:
+            save_file(tensors, local, metadata={_FACTS: facts})
+        except SafetensorError as error:
+            raise OSError(f"{local} cannot be written: {error}") from error
+
+
+def _read(output: Storage, path: str) -> tuple[str, Tensors]:
+    with output.local_copy(path) as local, safe_open(local, "pt") as file:
+        tensors = {name: file.get_tensor(name).clone() for name in file.keys()}  # noqa: SIM118
+        return file.metadata()[_FACTS], tensors

@@ -1,0 +1,292 @@
+"""The training itself: batches in, a state after each while, the best weights kept.
+
+Runs in every worker alike; the first one writes. Goes on from the newest state as if it had not been
+interrupted. Knows torch and the files of a state, and Ray only through the batches.
+Shape suffixes: B batch, C channels, H, W height and width, K classes.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from pipeline.finetune.batches import Batch
+from pipeline.finetune.config import FinetuneConfig
+from pipeline.finetune.judge import Judge
+from pipeline.finetune.network import Start
+from pipeline.finetune.recipe import (
+    Average,
+    Schedule,
+    clip_gradients,
+    draw_mix,
+    make_optimizer,
+    mix_pairs,
+    mixed_loss,
+)
+from pipeline.finetune.sample_set import SampleSet
+from pipeline.finetune.state import (
+    Progress,
+    Sums,
+    Tensors,
+    load_optimizer,
+    optimizer_tensors,
+    prefixed,
+    read_state,
+    without_prefix,
+    write_best,
+    write_state,
+)
+from pipeline.finetune.together import Chances, Share, share_statistics, sum_over_all
+from pipeline.storage import Storage
+
+Command = Literal["go", "save", "stop"]
+_DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+@dataclass(frozen=True)
+class Job:
+    """All that settles a training; travels to the workers."""
+
+    config: FinetuneConfig
+    start: Start
+    classes: tuple[str, ...]
+    train: SampleSet
+    validation: SampleSet
+    output: Storage
+    precision: str
+    digest: str
+
+    @property
+    def schedule(self) -> Schedule:
+        return Schedule.of(self.config.train, len(self.train))
+
+    def size_of(self, step: int) -> int:
+        """Pixels a side of a step's images."""
+        share = step / self.schedule.total_steps
+        smaller = (size for until, size in self.config.augment.sizes if share < until)
+        return next(smaller, self.start.pixels)
+
+    def epochs_after(self, steps: int) -> float:
+        return steps * self.config.train.batch_size / len(self.train)
+
+
+class Training:
+    """A worker's part of a training: the network, its optimizer, and where it stands."""
+
+    def __init__(self, job: Job, share: Share, device: torch.device) -> None:
+        self._job, self._share, self._device = job, share, device
+        self._config = job.config.train
+        model = job.start.build(job.classes, self._config.seed)
+        if self._config.freeze == "backbone":
+            model.cvt.requires_grad_(False)
+        elif share.num_workers > 1:
+            share_statistics(model)
+        self.model = model.to(device, memory_format=torch.channels_last)
+        self._chances = Chances(self.model, self._config.seed)
+        self._optimizer = make_optimizer(self.model, self._config)
+        self._average = Average(self.model, self._config.ema_decay) if self._config.ema_decay else None
+        self._scaler = torch.amp.GradScaler(device.type, enabled=job.precision == "float16")
+        self.progress = Progress(job.digest)
+        self._resume()
+        self._parallel: nn.Module = self.model
+        if share.num_workers > 1:
+            ids = [device.index] if device.type == "cuda" else None
+            self._parallel = nn.parallel.DistributedDataParallel(
+                self.model, device_ids=ids, broadcast_buffers=False, gradient_as_bucket_view=True
+            )
+        gain_C, offset_C = job.start.processor.affine()
+        self._gain, self._offset = (it.to(device)[:, None, None] for it in (gain_C, offset_C))
+        self._running = torch.zeros(3, dtype=torch.float64, device=device)  # loss, correct, images
+        self._judge = Judge(job.validation, share, self._normalize, self._autocast)
+
+    def steps(self) -> Iterator[tuple[int, int]]:
+        """What is left to do: steps, with the size of their images."""
+        return (
+            (n, self._job.size_of(n)) for n in range(self.progress.step, self._job.schedule.total_steps)
+        )
+
+    def run(self, batches: Iterator[Batch], command: Callable[[Training], Command]) -> None:
+        """Train on these batches to the end; `command` is asked after each step, and saves or stops it."""
+        schedule = self._job.schedule
+        self._set_mode()
+        began = time.monotonic()
+        for batch in batches:
+            assert batch.step == self.progress.step, "batches come in their order"
+            self._step(batch, schedule.rate(batch.step))
+            now = time.monotonic()
+            self.progress.seconds += now - began
+            self.progress.sums.seconds += now - began
+            began = now
+            if self._ends_epoch(batch.step):
+                self._evaluate(schedule.rate(batch.step))
+                began = time.monotonic()
+            if self.progress.finished:
+                break
+            match command(self):
+                case "save":
+                    self.save()
+                case "stop":
+                    self.save()
+                    return
+        self.progress.finished = True
+        self.save()
+
+    def status(self) -> dict[str, Any]:
+        """Where it stands, for people: of the first worker's images since the last evaluation."""
+        progress, job = self.progress, self._job
+        loss, correct, images = self._running.tolist()
+        sums = progress.sums
+        images += sums.images
+        seen = self.progress.step * self._config.batch_size
+        rate = images * self._share.num_workers / sums.seconds if sums.seconds else 0.0
+        left = (job.schedule.total_steps - progress.step) * self._config.batch_size
+        return {
+            "step": progress.step,
+            "total_steps": job.schedule.total_steps,
+            "epoch": job.epochs_after(progress.step),
+            "epochs": self._config.epochs,
+            "loss": (sums.loss + loss) / images if images else None,
+            "accuracy": (sums.correct + correct) / images if images else None,
+            "best_accuracy": progress.best_accuracy if progress.history else None,
+            "images": seen,
+            "images_per_s": rate,
+            "seconds_left": left / rate if rate else None,
+            "pixels": job.size_of(progress.step),
+        }
+
+    def save(self) -> None:
+        """Write the state; all workers take part, the first one writes."""
+        self._settle()
+        if self._share.rank == 0:
+            write_state(self._job.output, self.progress, self._tensors())
+
+    def _step(self, batch: Batch, rate: float) -> None:
+        """One step of the optimizer, in as many parts as the configuration says."""
+        train, share = self._config, self._share.of(self._config.batch_size)
+        for group in self._optimizer.param_groups:
+            group["lr"] = rate
+        chances = self._chances.draw(batch.step, train.batch_size)[..., share]
+        size = batch.pixels_BHWC.shape[1]
+        mix = draw_mix(self._job.config.augment, size, np.random.default_rng((train.seed, batch.step, 2)))
+        part = len(batch.labels_B) // train.accumulate
+        for number in range(train.accumulate):
+            rows = slice(number * part, (number + 1) * part)
+            self._chances.set(chances[..., rows])
+            x_BCHW = self._normalize(torch.from_numpy(batch.pixels_BHWC[rows]))
+            labels_B = torch.from_numpy(batch.labels_B[rows]).to(self._device).long()
+            with self._synchronised(number + 1 == train.accumulate):
+                with self._autocast():
+                    (logits_BK,) = self._parallel(mix_pairs(x_BCHW, mix), return_dict=False)
+                loss = mixed_loss(logits_BK.float(), labels_B, mix, train.label_smoothing)
+                self._scaler.scale(loss / train.accumulate).backward()
+            correct = (logits_BK.detach().argmax(1) == labels_B).sum()
+            values = loss.detach() * part, correct, torch.tensor(part, device=self._device)
+            self._running += torch.stack([it.double() for it in values])
+        self._scaler.unscale_(self._optimizer)
+        clip_gradients(self.model.parameters(), train.clip_grad_norm)
+        self._scaler.step(self._optimizer)
+        self._scaler.update()
+        self._optimizer.zero_grad()
+        if self._average:
+            self._average.update(self.model, batch.step)
+        self.progress.step += 1
+
+    def _normalize(self, pixels_BHWC: Tensor) -> Tensor:
+        """uint8 pixels to the network's input (B, 3, H, W), on its device, channels last in memory."""
+        x_BCHW = pixels_BHWC.to(self._device, non_blocking=True).permute(0, 3, 1, 2)
+        return x_BCHW.float().mul_(self._gain).add_(self._offset)
+
+    def _autocast(self) -> contextlib.AbstractContextManager[Any]:
+        dtype = _DTYPES.get(self._job.precision)
+        return torch.autocast(self._device.type, dtype) if dtype else contextlib.nullcontext()
+
+    def _synchronised(self, last: bool) -> contextlib.AbstractContextManager[Any]:
+        """Gradients are exchanged with the last part of a batch only."""
+        if last or self._parallel is self.model:
+            return contextlib.nullcontext()
+        return self._parallel.no_sync()  # type: ignore[operator, no-any-return]
+
+    def _set_mode(self) -> None:
+        self.model.train()
+        if self._config.freeze == "backbone":
+            self.model.cvt.eval()
+
+    def _ends_epoch(self, step: int) -> bool:
+        whole = int(self._job.epochs_after(step + 1)) > int(self._job.epochs_after(step))
+        return whole or step + 1 == self._job.schedule.total_steps
+
+    def _evaluate(self, rate: float) -> None:
+        """Judge the weights that would be kept, add to the curve, keep them where they are the best yet."""
+        self._settle()
+        judged = copy.deepcopy(self.model)
+        judged.load_state_dict(self._kept_state())
+        verdict = self._judge(judged.eval())
+        progress, sums = self.progress, self.progress.sums
+        progress.history.append(
+            {
+                "epoch": round(self._job.epochs_after(progress.step), 4),
+                "step": progress.step,
+                "learning_rate": rate,
+                "train_loss": sums.loss / max(1, sums.images),
+                "train_accuracy": sums.correct / max(1, sums.images),
+                "validation_loss": verdict.loss,
+                "validation_accuracy": verdict.accuracy,
+                "images_per_s": round(sums.images / max(1e-9, sums.seconds), 2),
+                "seconds": round(progress.seconds, 2),
+            }
+        )
+        progress.sums = Sums()
+        if verdict.accuracy > progress.best_accuracy:
+            progress.best_accuracy, progress.best_step = verdict.accuracy, progress.step
+            if self._share.rank == 0:
+                facts = {"step": progress.step, "digest": progress.digest}
+                said = prefixed("said/", verdict.tensors)
+                write_best(self._job.output, facts, {**prefixed("model/", self._kept_state()), **said})
+        patience = self._config.early_stop_epochs
+        if patience is not None:
+            waited = self._job.epochs_after(progress.step - progress.best_step)
+            progress.finished = waited >= patience
+
+    def _settle(self) -> None:
+        """Add what all workers' steps gave to the progress that they share."""
+        loss, correct, images = sum_over_all(self._running).tolist()
+        self._running.zero_()
+        sums = self.progress.sums
+        sums.loss, sums.correct, sums.images = (
+            sums.loss + loss,
+            sums.correct + correct,
+            sums.images + int(images),
+        )
+
+    def _kept_state(self) -> Tensors:
+        return self._average.state if self._average else dict(self.model.state_dict())
+
+    def _tensors(self) -> Tensors:
+        tensors = prefixed("model/", dict(self.model.state_dict()))
+        tensors |= prefixed("optimizer/", optimizer_tensors(self._optimizer))
+        if self._average:
+            tensors |= prefixed("average/", self._average.state)
+        if self._scaler.is_enabled():
+            tensors["scale"] = torch.tensor(self._scaler.get_scale())
+        return tensors
+
+    def _resume(self) -> None:
+        found = read_state(self._job.output, self._job.digest)
+        if found is None:
+            return
+        self.progress, tensors = found
+        self.model.load_state_dict(without_prefix("model/", tensors))
+        load_optimizer(self._optimizer, without_prefix("optimizer/", tensors))
+        if self._average:
+            for name, value in without_prefix("average/", tensors).items():
+                self._average.state[name].copy_(value)
+        if self._scaler.is_enabled():
+            self._scaler = torch.amp.GradScaler(self._device.type, init_scale=float(tensors["scale"]))
