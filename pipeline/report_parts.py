@@ -98,10 +98,10 @@ def throughput(timeline: dict[str, Any], seconds: float, startup_s: float | None
         spans[-1] = width_s
     rates = [images[n] / spans[n] for n in range(num)]
     bad = [rejects[n] / spans[n] for n in range(num)]
-    step, top = _axis(max([*rates, *bad, 1e-3]))
+    step, top = axis(max([*rates, *bad, 1e-3]))
     centres = [min(100.0, 100 * (n * width_s + spans[n] / 2) / total_s) for n in range(num)]
     grid = "".join(
-        f'<i class="grid" style="bottom:{100 * n * step / top:.2f}%"><b>{_tick(n * step)}</b></i>'
+        f'<i class="grid" style="bottom:{100 * n * step / top:.2f}%"><b>{tick(n * step)}</b></i>'
         for n in range(round(top / step) + 1)
     )
     every, last = _time_axis(total_s)
@@ -147,7 +147,7 @@ def _pairs_summed(counts: list[int]) -> list[int]:
     return [sum(counts[n : n + 2]) for n in range(0, len(counts), 2)]
 
 
-def _axis(most: float) -> tuple[float, float]:
+def axis(most: float) -> tuple[float, float]:
     """A round step (1, 2 or 5 times a power of ten) and the axis's end, a multiple of it."""
     power = 10.0 ** math.floor(math.log10(most / _TICKS))
     step = next(power * factor for factor in (1, 2, 5, 10) if power * factor * _TICKS >= most)
@@ -170,7 +170,7 @@ def _mark(seconds: float) -> str:
     return f"{seconds:g} s"
 
 
-def _tick(number: float) -> str:
+def tick(number: float) -> str:
     return count(number) if number >= 10 or number == round(number) else f"{number:.3g}"
 
 

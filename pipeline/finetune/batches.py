@@ -1,13 +1,14 @@
 """Batches of training images, made by Ray Data while the network is at work.
 
 Which images a step has, and how each is varied, follows from the seed and the number of the step alone: not
-from the number of workers, nor from where a training was interrupted. A worker's share of a step is one row.
+from the number of workers, nor from where a training was interrupted. A worker's share of a step is a row.
+Shape suffixes: B a worker's share of a batch, H, W height and width, C channels.
 """
 
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -96,7 +97,7 @@ def _loader(reference: Any) -> Loader:
     return _loaders[reference]
 
 
-def stream(loader: Loader, steps: Iterator[tuple[int, int]], cores: float) -> Iterator[Batch]:
+def stream(loader: Loader, steps: Iterator[tuple[int, int]], cores: float) -> Generator[Batch, None, None]:
     """The shares of these (step, size), in their order; made ahead, as many at once as there are cores."""
     reference = ray.put(loader)
     context = ray.data.DataContext.get_current()

@@ -46,6 +46,10 @@ class NetworkConfig(Section):
     preprocessing: dict[str, Any] | None = Field(
         None, description="fields of preprocessor_config.json; needed from scratch, else the checkpoint's"
     )
+    initialization: Literal["authors", "attend_to_self"] = Field(
+        "authors",
+        description="from scratch: the authors' weights, or attention that begins local, for small data",
+    )
     drop_path_rate: tuple[Probability, ...] | None = Field(
         None, description="stochastic depth of each stage's last layer, over the checkpoint's"
     )

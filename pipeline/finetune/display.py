@@ -79,11 +79,12 @@ def summarize(trained: Trained, console: Console) -> None:
     """The outcome in a few lines, with the next step."""
     metrics = trained.metrics
     console.print(
-        f"[bold]{metrics['accuracy']:.2%}[/] of {metrics['validation_images']:,} validation images, best after "
-        f"epoch {metrics['best_epoch']:g} of {metrics['epochs']:g} ({format_duration(metrics['seconds'])})",
+        f"[bold]{metrics['accuracy']:.2%}[/] of {metrics['validation_images']:,} validation images, by the "
+        f"weights after epoch {metrics['best_epoch']:g} of {metrics['epochs']:g} "
+        f"({format_duration(metrics['seconds'])})",
         highlight=False,
     )
-    for name, error in enumerate(trained.failed_shards.values()):
+    for error in trained.failed_shards.values():
         console.print(f"left out: {escape(error)}", highlight=False)
     console.print(
         f"curve, confusion, classes: {escape(trained.output)}/training.html\n"

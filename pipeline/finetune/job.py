@@ -115,13 +115,13 @@ def _place(config: FinetuneConfig, cluster: Cluster) -> Placement:
 
 
 def _check_batch(config: FinetuneConfig, num_workers: int) -> None:
-    """Every worker and every part of a batch must have the same number of images, pairs where they are mixed."""
+    """Every worker and every part of a batch has as many images, and pairs where they are mixed."""
     augment, parts = config.augment, num_workers * config.train.accumulate
     pair = 2 if augment.mix_probability and (augment.mixup or augment.cutmix) else 1
     if config.train.batch_size % (parts * pair):
         raise ConfigError(
-            f"train.batch_size: {config.train.batch_size} is not a multiple of {parts * pair}: {num_workers} "
-            f"workers, train.accumulate {config.train.accumulate}"
+            f"train.batch_size: {config.train.batch_size} is not a multiple of {parts * pair}: "
+            f"{num_workers} workers, train.accumulate {config.train.accumulate}"
             f"{', and pairs of images that mixup and cutmix mix' if pair == 2 else ''}"
         )
 

@@ -14,6 +14,7 @@ from cvt_model.checkpoint import Checkpoint, resolve_checkpoint
 from cvt_model.config import CvtConfig
 from cvt_model.errors import CheckpointError
 from cvt_model.image_processor import CvtImageProcessor
+from cvt_model.initialization import attend_to_self
 from cvt_model.model import CvtForImageClassification
 from pipeline.errors import ConfigError
 from pipeline.finetune.augment import pixels_of
@@ -27,12 +28,13 @@ class Start:
     checkpoint: Checkpoint | None  # None: from scratch
     config: CvtConfig  # whatever its classes are
     processor: CvtImageProcessor
+    attend_to_self: bool = False
 
     @property
     def identity(self) -> str:
         """Tells one beginning from another: the weights' hash, and the network's shape."""
         weights = self.checkpoint.weights_sha256 if self.checkpoint else "scratch"
-        return f"{weights} {self.config.to_dict()}"
+        return f"{weights} {self.attend_to_self} {self.config.to_dict()}"
 
     @property
     def pixels(self) -> int:
@@ -49,6 +51,8 @@ class Start:
         torch.manual_seed(seed)
         config = with_classes(self.config, classes)
         model = CvtForImageClassification(config)
+        if self.attend_to_self:
+            attend_to_self(model)
         if self.checkpoint is not None:
             loaded = self.checkpoint.load()
             state = loaded.state_dict()
@@ -83,7 +87,8 @@ def find_start(model: NetworkConfig) -> Start:
         raise ConfigError(f"model.{error}") from error
     if config.num_channels != 3:
         raise ConfigError(f"model: the network takes {config.num_channels} channels; images here have 3")
-    return Start(checkpoint, config, processor)
+    local = checkpoint is None and model.initialization == "attend_to_self"
+    return Start(checkpoint, config, processor, local)
 
 
 def with_classes(config: CvtConfig, classes: Sequence[str]) -> CvtConfig:

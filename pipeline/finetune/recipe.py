@@ -1,4 +1,4 @@
-"""The recipe's arithmetic: which weights decay, how the rate moves, how weights are averaged, how images mix.
+"""The recipe's arithmetic: which weights decay, how the rate moves, how weights and images are mixed.
 
 Enters: numbers and tensors. Leaves: the same. Knows no files, no processes.
 Shape suffixes: B batch, C channels, H, W height and width, K classes.
@@ -46,7 +46,8 @@ class Schedule:
 
 def make_optimizer(model: nn.Module, train: TrainConfig) -> torch.optim.AdamW:
     """AdamW over what learns; norms, biases and CLS tokens do not decay."""
-    decaying, others = [], []
+    decaying: list[nn.Parameter] = []
+    others: list[nn.Parameter] = []
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
             plain = parameter.ndim > 1 and not name.endswith("cls_token")
@@ -80,7 +81,7 @@ class Average:
 
 
 class Mix(NamedTuple):
-    """How the pairs of a batch are mixed: `kept` is the share of an image's own; all of it where none is."""
+    """How the pairs of a batch are mixed: `kept` is the share of an image's own, 1 where none is."""
 
     kept: float
     box: tuple[int, int, int, int] | None = None  # top, bottom, left, right of what cutmix exchanges
@@ -120,7 +121,7 @@ def mix_pairs(x_BCHW: Tensor, mix: Mix) -> Tensor:
 
 def swap_pairs(x_B: Tensor) -> Tensor:
     """Neighbours exchanged; B must be even."""
-    return x_B.unflatten(0, (-1, 2)).flip(1).flatten(0, 1)
+    return x_B.reshape(-1, 2, *x_B.shape[1:]).flip(1).reshape(x_B.shape)
 
 
 def mixed_loss(logits_BK: Tensor, labels_B: Tensor, mix: Mix, label_smoothing: float) -> Tensor:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import tempfile
+import time
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -23,6 +24,7 @@ from pipeline.finetune.page import training_page
 from pipeline.finetune.sources import Found
 from pipeline.finetune.state import Progress, Tensors, read_best, read_state, without_prefix
 from pipeline.finetune.training import Job
+from pipeline.progress import iso_time
 from pipeline.quality import calibration, per_class
 from pipeline.storage import Storage
 
@@ -67,11 +69,15 @@ def _metrics(
     """`metrics.json`; the names are a contract."""
     labels, classes = said["labels"].numpy(), said["classes"].numpy()
     correct = labels == classes
+    calibrated = calibration(said["confidence"].numpy(), correct)
     config = job.config
     return {
+        "output": job.output.uri,
+        "finished_at": iso_time(time.time()),
         "accuracy": float(correct.mean()),
         "top5_accuracy": float(said["in_top5"].double().mean()),
-        "calibration_error": calibration(said["confidence"].numpy(), correct).error,
+        "calibration_error": calibrated.error,
+        "calibration_bins": calibrated.bins,
         "best_epoch": round(job.epochs_after(facts["step"]), 4),
         "epochs": round(job.epochs_after(progress.step), 4),
         "steps": progress.step,

@@ -173,7 +173,8 @@ def _check(counts: dict[Any, Counter[str]]) -> None:
         )
     if not validation:
         raise InputError(
-            "validation: no image is held out to judge by; raise validation.fraction, or give validation.uri"
+            "validation: no image is held out to judge by; raise validation.fraction, or give "
+            "validation.uri"
         )
     unknown = sorted(set(validation) - set(train))
     if unknown:

@@ -39,23 +39,24 @@ class SharedBatchNorm2d(nn.BatchNorm2d):
         if not self.training:
             return super().forward(x_BCHW)
         x_BCHW = x_BCHW.float()
-        sums_2C = torch.stack((x_BCHW.sum((0, 2, 3)), x_BCHW.square().sum((0, 2, 3))))
-        sums_2C = dist_nn.all_reduce(sums_2C)
+        mine_2C = torch.stack((x_BCHW.sum((0, 2, 3)), x_BCHW.square().sum((0, 2, 3))))
+        sums_2C: Tensor = dist_nn.all_reduce(mine_2C)  # type: ignore[no-untyped-call]
         count = x_BCHW.numel() // x_BCHW.shape[1] * dist.get_world_size()
         mean_C, square_C = sums_2C / count
         variance_C = (square_C - mean_C.square()).clamp(min=0)
         self._remember(mean_C.detach(), variance_C.detach() * count / max(1, count - 1))
         scale_C = torch.rsqrt(variance_C + self.eps) * self.weight
         offset_C = self.bias - mean_C * scale_C
-        return x_BCHW * scale_C[:, None, None] + offset_C[:, None, None]
+        y_BCHW: Tensor = x_BCHW * scale_C[:, None, None] + offset_C[:, None, None]
+        return y_BCHW
 
     @torch.no_grad()
     def _remember(self, mean_C: Tensor, variance_C: Tensor) -> None:
-        assert self.running_mean is not None and self.running_var is not None
-        assert self.num_batches_tracked is not None and self.momentum is not None
-        self.running_mean.lerp_(mean_C, self.momentum)
-        self.running_var.lerp_(variance_C, self.momentum)
-        self.num_batches_tracked += 1
+        for remembered, fresh in ((self.running_mean, mean_C), (self.running_var, variance_C)):
+            assert remembered is not None, "the network's batch norms remember what they saw"
+            remembered.lerp_(fresh, self.momentum or 0.0)
+        if self.num_batches_tracked is not None:
+            self.num_batches_tracked += 1
 
 
 def share_statistics(model: nn.Module) -> None:

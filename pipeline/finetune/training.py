@@ -89,7 +89,7 @@ class Training:
             model.cvt.requires_grad_(False)
         elif share.num_workers > 1:
             share_statistics(model)
-        self.model = model.to(device, memory_format=torch.channels_last)
+        self.model = model.to(device)
         self._chances = Chances(self.model, self._config.seed)
         self._optimizer = make_optimizer(self.model, self._config)
         self._average = Average(self.model, self._config.ema_decay) if self._config.ema_decay else None
@@ -186,7 +186,7 @@ class Training:
                 with self._autocast():
                     (logits_BK,) = self._parallel(mix_pairs(x_BCHW, mix), return_dict=False)
                 loss = mixed_loss(logits_BK.float(), labels_B, mix, train.label_smoothing)
-                self._scaler.scale(loss / train.accumulate).backward()
+                self._scaler.scale(loss / train.accumulate).backward()  # type: ignore[no-untyped-call]
             correct = (logits_BK.detach().argmax(1) == labels_B).sum()
             values = loss.detach() * part, correct, torch.tensor(part, device=self._device)
             self._running += torch.stack([it.double() for it in values])
