@@ -16,7 +16,7 @@ from jobs.common import run_verb
 
 VERBS = (
     *("classify", "run", "extract", "plan", "status", "verify", "index", "search", "dedup"),
-    *("finetune", "convert", "demo", "bench"),
+    *("evaluate", "finetune", "convert", "demo", "bench"),
 )
 
 

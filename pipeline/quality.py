@@ -13,6 +13,7 @@ import numpy as np
 import numpy.typing as npt
 
 BINS = 15
+MOST_CONFUSED = 100  # classes of a confusion matrix that is written out
 
 Ids = npt.NDArray[np.int32]
 Floats = npt.NDArray[np.float32]
@@ -44,9 +45,12 @@ def calibration(confidence: Floats, correct: Flags, num_bins: int = BINS) -> Cal
 
 
 def per_class(labels: Ids, said: Ids, names: Sequence[str]) -> list[dict[str, Any]]:
-    """Precision, recall and F1 of each class; None where a class was never said, or has no image."""
+    """Precision, recall and F1 of each class; None where a class was never said, or has no image.
+
+    A negative number in `said` stands for none of the classes.
+    """
     actual = np.bincount(labels, minlength=len(names))
-    claimed = np.bincount(said, minlength=len(names))
+    claimed = np.bincount(said[said >= 0], minlength=len(names))
     right = np.bincount(labels[labels == said], minlength=len(names))
     rows = []
     for number, name in enumerate(names):
@@ -60,4 +64,21 @@ def per_class(labels: Ids, said: Ids, names: Sequence[str]) -> list[dict[str, An
                 "f1": 2 * hits / (support + times) if support + times else None,
             }
         )
+    return rows
+
+
+def class_order(labels: set[str]) -> list[str]:
+    """Labels in the order of their class ids: numbers by value, else by the alphabet."""
+    if all(label.isdecimal() for label in labels):
+        return sorted(labels, key=lambda label: (int(label), label))
+    return sorted(labels)
+
+
+def confusion(labels: Ids, said: Ids, num_classes: int) -> list[list[int]] | None:
+    """Images by their label (rows) and by what was said of them (columns); None of too many classes."""
+    if num_classes > MOST_CONFUSED:
+        return None
+    counts = np.zeros((num_classes, num_classes), np.int64)
+    np.add.at(counts, (labels, said), 1)
+    rows: list[list[int]] = counts.tolist()
     return rows

@@ -98,14 +98,14 @@ class Searcher:
 
     def by_vector(self, vector: Vectors, k: int = 10, where: str | None = None) -> list[Hit]:
         """The k nearest images of one embedding (D,), not necessarily normalised, best first."""
-        scores, ids = self._search(np.asarray(vector, np.float32).reshape(1, -1), k, where)
+        scores, ids = self.search(np.asarray(vector, np.float32).reshape(1, -1), k, where)
         return self._hits([int(n) for n in ids[0]], [float(x) for x in scores[0]])
 
     def nearest(
         self, vectors_QD: Vectors, k: int = 10, where: str | None = None
     ) -> list[list[tuple[str, float]]]:
         """For each of many embeddings the ids and cosines of its k nearest images, best first."""
-        scores, ids = self._search(np.asarray(vectors_QD, np.float32), k, where)
+        scores, ids = self.search(np.asarray(vectors_QD, np.float32), k, where)
         found = ids >= 0
         places = np.searchsorted(self._faiss_ids, ids[found])
         names = iter(self._names_at(places))
@@ -160,7 +160,7 @@ class Searcher:
         if place < 0:
             raise self._unknown(image_id)
         own = int(self._faiss_ids[place])
-        scores, ids = self._search(self.engine.store.take(np.array([own])), k, where)
+        scores, ids = self.search(self.engine.store.take(np.array([own])), k, where)
         ranked = [(int(n), float(score)) for n, score in zip(ids[0], scores[0], strict=True)]
         if where is None or self._mask(where)[own]:  # exact copies may rank before it
             ranked = [(own, ranked[0][1]), *(pair for pair in ranked if pair[0] != own)][: len(ranked)]
@@ -170,7 +170,7 @@ class Searcher:
         """The k nearest images of an encoded image. SearchError where it cannot be decoded."""
         return self.by_vector(self.embed(data), k, where)
 
-    def _search(self, vectors_QD: Vectors, k: int, where: str | None) -> tuple[Vectors, Ids]:
+    def search(self, vectors_QD: Vectors, k: int, where: str | None = None) -> tuple[Vectors, Ids]:
         """Cosines (Q, k) and faiss ids (Q, k), with -1 where a filter leaves fewer."""
         if vectors_QD.ndim != 2 or vectors_QD.shape[1] != self.record.dim:
             raise SearchError(f"the vector has {vectors_QD.shape[-1]} numbers, the index {self.record.dim}")

@@ -99,10 +99,3 @@ def _class_names(columns: pa.Schema, name: str) -> tuple[str, ...]:
         return tuple(str(it) for it in features[name]["names"])
     except (KeyError, TypeError, ValueError):
         return ()
-
-
-def class_order(labels: set[str]) -> list[str]:
-    """Labels in the order of their class ids: numbers by value, else by the alphabet."""
-    if all(label.isdecimal() for label in labels):
-        return sorted(labels, key=lambda label: (int(label), label))
-    return sorted(labels)

@@ -13,8 +13,6 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from cvt_model.model import CvtForImageClassification
 from cvt_model.save import save_checkpoint
 from pipeline.errors import OutputError
@@ -25,11 +23,10 @@ from pipeline.finetune.sources import Found
 from pipeline.finetune.state import Progress, Tensors, read_best, read_state, without_prefix
 from pipeline.finetune.training import Job
 from pipeline.progress import iso_time
-from pipeline.quality import calibration, per_class
+from pipeline.quality import calibration, confusion, per_class
 from pipeline.storage import Storage
 
 METRICS, PAGE, CARD = "metrics.json", "training.html", "README.md"
-MOST_CONFUSED = 100  # classes of a confusion matrix that is written out
 
 
 def write_results(job: Job, found: Found) -> dict[str, Any]:
@@ -88,7 +85,7 @@ def _metrics(
         "failed_shards": list(found.failed_shards.values()),
         "classes": list(job.classes),
         "per_class": per_class(labels, classes, job.classes),
-        "confusion": _confusion(labels, classes, len(job.classes)),
+        "confusion": confusion(labels, classes, len(job.classes)),
         "history": progress.history,
         "precision": job.precision,
         "pixels": job.start.pixels,
@@ -97,13 +94,3 @@ def _metrics(
         "config": config.model_dump(mode="json"),
         "versions": {name: version(name) for name in ("cvt-pipeline", "torch", "ray")},
     }
-
-
-def _confusion(labels: np.ndarray, classes: np.ndarray, num_classes: int) -> list[list[int]] | None:
-    """Images by their label (rows) and by what was said of them (columns); None of too many classes."""
-    if num_classes > MOST_CONFUSED:
-        return None
-    counts = np.zeros((num_classes, num_classes), np.int64)
-    np.add.at(counts, (labels, classes), 1)
-    rows: list[list[int]] = counts.tolist()
-    return rows

@@ -18,11 +18,12 @@ from pipeline.commits import CommitLog
 from pipeline.decoder import DecodeOptions
 from pipeline.errors import InputError, LimitError
 from pipeline.finetune.config import FinetuneConfig
-from pipeline.finetune.labels import class_order, find_rule
+from pipeline.finetune.labels import find_rule
 from pipeline.finetune.samples import PARTS, Preparation, index_path, prepare_shard, read_index
 from pipeline.index.tasks import Runner
 from pipeline.manifest import Manifest
 from pipeline.plan import Rules, plan_files, plan_members
+from pipeline.quality import class_order
 from pipeline.samples import ReadOptions
 from pipeline.shards import Member, Work, list_input
 from pipeline.storage import Storage, split_glob

@@ -1,0 +1,138 @@
+"""How good an output is, by labels: its classifier, its probabilities, its neighbours.
+
+Enters: a labelled output with an index, and perhaps another, labelled, to look for neighbours in. Leaves:
+`evaluation/<name>.json` and `.html`. Holds a few numbers of each image, never its embedding.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from pipeline.classifier_quality import Classifier, ask_classifier, classifier_values
+from pipeline.errors import FingerprintError, InputError
+from pipeline.evaluation_page import evaluation_page
+from pipeline.fingerprint import Fingerprint, require_fingerprint
+from pipeline.label_source import LabelSource
+from pipeline.labelled_rows import NO_CLASS, read_labels
+from pipeline.neighbour_quality import (
+    DEPTH,
+    Neighbours,
+    ask_neighbours,
+    choose,
+    classes_by_faiss_id,
+    neighbour_values,
+)
+from pipeline.progress import iso_time
+from pipeline.quality import Ids, class_order, per_class
+from pipeline.search import Searcher
+from pipeline.storage import Storage, unique_name
+
+FOLDER = "evaluation"
+
+
+@dataclass(frozen=True)
+class Reference:
+    """Where neighbours are looked for, with their labels; the output itself where none is named."""
+
+    output: Storage
+    labels: LabelSource
+
+
+def evaluate(
+    output: Storage,
+    labels: LabelSource,
+    reference: Reference | None,
+    *,
+    k: int = 20,
+    most_queries: int = 10_000,
+) -> dict[str, Any]:
+    """Judge an output, and write what was found; the values are returned.
+
+    Neighbours of an image of the output itself leave it out. Raises InputError where no image has a label,
+    SearchError where there is no index to look for neighbours in.
+    """
+    started = time.time()
+    fingerprint = require_fingerprint(output)
+    place, known = (output, labels) if reference is None else (reference.output, reference.labels)
+    _check_alike(output, fingerprint, place)
+    searcher = Searcher(place)
+    found = read_labels(output, labels)
+    if not any(found.names):
+        raise InputError(
+            f"--labels: none of the {found.num_images:,} images of {output.uri} has a label there"
+        )
+    classes, class_of_id = _classes(found.names, fingerprint)
+    label = found.as_classes(classes)
+    classifier = ask_classifier(output, label, class_of_id) if class_of_id else None
+    reference_label = label if place is output else read_labels(place, known).as_classes(classes)
+    by_faiss_id = classes_by_faiss_id(place, reference_label, searcher)
+    chosen = choose(label, most_queries)
+    neighbours = ask_neighbours(output, label, chosen, searcher, by_faiss_id, k, own=place is output)
+    values = {
+        "output": output.uri,
+        "reference": place.uri,
+        "made_at": iso_time(started),
+        "fingerprint": fingerprint.digest,
+        "model": fingerprint.source,
+        "precision": fingerprint.precision,
+        "images": found.num_images,
+        "labelled": int((label != NO_CLASS).sum()),
+        "queries": len(neighbours.label),
+        "classes": classes,
+        **classifier_values(label[label != NO_CLASS], classifier, classes),
+        **neighbour_values(neighbours, k),
+        "per_class": _per_class(label[label != NO_CLASS], classifier, neighbours, classes),
+        "seconds": round(time.time() - started, 2),
+    }
+    path = f"{FOLDER}/{unique_name()}"
+    output.write_bytes(f"{path}.html", evaluation_page(values).encode())
+    output.write_bytes(f"{path}.json", (json.dumps(values, indent=1) + "\n").encode())
+    return {**values, "report": output.url(f"{path}.html")}
+
+
+def _check_alike(output: Storage, fingerprint: Fingerprint, place: Storage) -> None:
+    other = require_fingerprint(place)
+    for part in ("weights_sha256", "preprocessing", "embedding"):
+        if getattr(fingerprint, part) != getattr(other, part):
+            raise FingerprintError(
+                f"--reference: {place.uri} was made with another {part} than {output.uri}; "
+                "their embeddings cannot be compared"
+            )
+
+
+def _classes(found: list[str], fingerprint: Fingerprint) -> tuple[list[str], dict[int, int]]:
+    """Class names, and the class of each of the classifier's ids; no ids where it knows none of them.
+
+    The labels may be the classifier's names, or its ids.
+    """
+    names = {int(number): label for number, label in fingerprint.model_config["id2label"].items()}
+    if set(found) & set(names.values()):
+        ordered = [name for name in dict.fromkeys(names[n] for n in sorted(names)) if name in found]
+        ordered += class_order(set(found) - set(ordered))
+        place = {name: number for number, name in enumerate(ordered)}
+        return ordered, {number: place[name] for number, name in names.items() if name in place}
+    ordered = class_order(set(found))
+    if all(label.isdecimal() and int(label) in names for label in found):
+        return ordered, {int(label): place for place, label in enumerate(ordered)}
+    return ordered, {}
+
+
+def _per_class(
+    label: Ids, classifier: Classifier | None, neighbours: Neighbours, classes: list[str]
+) -> list[dict[str, Any]]:
+    said = np.full_like(label, NO_CLASS) if classifier is None else classifier.said
+    rows = per_class(label, said, classes)
+    count = np.maximum(1, np.bincount(neighbours.label, minlength=len(classes)))
+    right = np.bincount(neighbours.label[neighbours.voted == neighbours.label], minlength=len(classes))
+    precision = np.bincount(neighbours.label, weights=neighbours.precision, minlength=len(classes))
+    for number, row in enumerate(rows):
+        row["knn_accuracy"] = float(right[number] / count[number])
+        row[f"map_at_{DEPTH}"] = float(precision[number] / count[number])
+        if classifier is None:
+            row |= dict.fromkeys(("precision", "recall", "f1"))
+    return rows

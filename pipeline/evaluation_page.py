@@ -1,0 +1,59 @@
+"""An evaluation as a page: the classifier, its probabilities, the neighbours, the classes."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from pipeline.quality_page import calibration_bars, class_table, confusion_matrix, page, section
+from pipeline.report_parts import count, pairs, safe
+
+
+def evaluation_page(values: dict[str, Any]) -> str:
+    """The page of an evaluation's values."""
+    with_classifier = values["top1"] is not None
+    columns = {"knn_accuracy": f"{values['k']}-NN", "map_at_100": "mAP@100"}
+    if with_classifier:
+        columns = {"precision": "precision", "recall": "recall", **columns, "f1": "F1"}
+    body = (
+        section(
+            "Confusion",
+            confusion_matrix(values["confusion"], values["classes"]),
+            "labels down, what the classifier says across",
+            wide=True,
+        ),
+        section("Classes", class_table(values["per_class"], columns), "the weakest first", wide=True),
+        section(
+            "Calibration",
+            calibration_bars(values["calibration_bins"] or ()),
+            "is it right when it is sure?",
+        ),
+        section("What was judged", _facts(values)),
+    )
+    tiles = [
+        (f"{values['k']}-NN", f"{values['knn_accuracy']:.2%}", f"of {count(values['queries'])} images"),
+        ("recall@1", f"{values['recall_at_1']:.2%}", "the nearest has the label"),
+        ("recall@10", f"{values['recall_at_10']:.2%}", "one of the ten nearest has it"),
+        ("mAP@100", f"{values['map_at_100']:.3f}", "of the hundred nearest"),
+    ]
+    if with_classifier:
+        tiles = [
+            ("top 1", f"{values['top1']:.2%}", f"of {count(values['labelled'])} images"),
+            ("top 5", f"{values['top5']:.2%}", "label among the five first"),
+            *tiles[:1],
+            *tiles[2:],
+            ("calibration error", f"{values['calibration_error']:.3f}", "0 is perfect"),
+        ]
+    return page(values["output"], "evaluate", "", values["made_at"], tiles, "".join(body))
+
+
+def _facts(values: dict[str, Any]) -> str:
+    other = values["reference"] != values["output"]
+    rows = [
+        ("images", f"{count(values['images'])}, {count(values['labelled'])} of them labelled"),
+        ("neighbours from", values["reference"] if other else "the output itself, without the image"),
+        ("asked for neighbours", count(values["queries"])),
+        ("model", values["model"]),
+        ("precision", values["precision"]),
+        ("fingerprint", values["fingerprint"]),
+    ]
+    return pairs((safe(key), safe(value)) for key, value in rows)

@@ -1,0 +1,95 @@
+"""Labels that an output's images are known to have: a file of them, a column of the output, or folders.
+
+Enters: what the user named, and rows of embeddings/. Leaves: a label for each row, or none. Knows no model.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.csv as pa_csv
+import pyarrow.json as pa_json
+import pyarrow.parquet as pq
+
+from pipeline.errors import InputError
+from pipeline.fingerprint import Fingerprint
+from pipeline.schema import IMAGE_ID
+from pipeline.storage import Storage, storage_errors
+
+FOLDER = "folder"
+LABEL = "label"
+SUFFIXES = (".csv", ".parquet", ".pq", ".jsonl", ".ndjson")
+_HOW = (
+    "give a .csv, .jsonl or .parquet file with the columns image_id and label, the name of a metadata "
+    "column of the output, or folder (the folder that an image lies in)"
+)
+
+
+@dataclass(frozen=True)
+class LabelSource:
+    """Where labels are: `columns` have to be read of each row, `labels_of` takes a table of them."""
+
+    columns: tuple[str, ...]
+    labels_of: Callable[[pa.Table], pa.Array]  # strings, null where a row has no label
+
+
+def open_labels(named: str, fingerprint: Fingerprint, output: Storage) -> LabelSource:
+    """The labels that `named` stands for, of an output's images. Raises InputError where there are none."""
+    if named.lower().endswith(SUFFIXES):
+        return _of_file(Storage(named, output.options_for(named)))
+    if named == FOLDER:
+        return LabelSource((IMAGE_ID,), lambda table: _folders(table.column(IMAGE_ID)))
+    metadata = [name for name, _ in fingerprint.columns["metadata"]]
+    if named not in metadata:
+        has = f"its metadata columns: {', '.join(metadata)}" if metadata else "it has no metadata columns"
+        raise InputError(f"--labels: the output has no column {named} ({has}); {_HOW}")
+    return LabelSource((named,), lambda table: _text(table.column(named)))
+
+
+def _of_file(file: Storage) -> LabelSource:
+    table, uri = _read(file), file.uri
+    missing = [name for name in (IMAGE_ID, LABEL) if name not in table.column_names]
+    if missing:
+        raise InputError(
+            f"--labels: {uri} has no column {' and no column '.join(missing)}; it has "
+            f"{', '.join(table.column_names)}"
+        )
+    ids, labels = _text(table.column(IMAGE_ID)), _text(table.column(LABEL))
+
+    def labels_of(rows: pa.Table) -> pa.Array:
+        places = pc.index_in(rows.column(IMAGE_ID).combine_chunks(), value_set=ids)
+        return labels.take(places)
+
+    return LabelSource((IMAGE_ID,), labels_of)
+
+
+def _read(file: Storage) -> pa.Table:
+    kind = file.uri.lower()
+    try:
+        with file.open("") as stream:
+            if kind.endswith(".csv"):
+                text = dict.fromkeys((IMAGE_ID, LABEL), pa.string())
+                return pa_csv.read_csv(stream, convert_options=pa_csv.ConvertOptions(column_types=text))
+            if kind.endswith((".jsonl", ".ndjson")):
+                return pa_json.read_json(stream)
+            return pq.read_table(stream)
+    except (pa.ArrowException, *storage_errors()) as error:
+        raise InputError(f"--labels: cannot read {file.uri}: {error}; {_HOW}") from error
+
+
+def _folders(ids: pa.ChunkedArray) -> pa.Array:
+    """`cat` of `cat/1.jpg`; null of an image without a folder."""
+    found = [image_id.partition("/") for image_id in ids.to_pylist()]
+    return pa.array([folder if slash else None for folder, slash, _ in found], pa.string())
+
+
+def _text(values: pa.ChunkedArray) -> pa.Array:
+    """Labels as text, without blanks around them; null where nothing is left."""
+    values = values.combine_chunks()
+    if pa.types.is_dictionary(values.type):
+        values = values.dictionary_decode()
+    trimmed = pc.utf8_trim_whitespace(values.cast(pa.string()))
+    return pc.if_else(pc.equal(trimmed, ""), None, trimmed)
