@@ -122,8 +122,9 @@ def _precision(relevant: Matrix, there: Numbers) -> Floats:
     """Average precision of each row within DEPTH; `there` is how many of its class could be found."""
     relevant = relevant[:, :DEPTH]
     ranks = np.arange(1, relevant.shape[1] + 1)
-    summed: Floats = (relevant * np.cumsum(relevant, axis=1) / ranks).sum(axis=1).astype(np.float32)
-    return summed / np.clip(there, 1, DEPTH).astype(np.float32)
+    summed = (relevant * np.cumsum(relevant, axis=1) / ranks).sum(axis=1)
+    precision: Floats = np.divide(summed, np.clip(there, 1, DEPTH), dtype=np.float64).astype(np.float32)
+    return precision
 
 
 def neighbour_values(neighbours: Neighbours, k: int) -> dict[str, Any]:

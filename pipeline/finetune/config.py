@@ -80,6 +80,12 @@ class TrainConfig(Section):
     )
     learning_rate: float = Field(2.5e-4, gt=0, description="of AdamW, at its highest")
     min_learning_rate: float = Field(1e-6, ge=0, description="at the cosine's end")
+    optimizer: Literal["adamw", "muon"] = Field(
+        "adamw",
+        description="adamw: the paper's; muon: Muon for matrices and convolutions, AdamW for the rest, "
+        "which learns from scratch in fewer epochs",
+    )
+    muon_learning_rate: float = Field(0.02, gt=0, description="of Muon, at its highest")
     warmup_epochs: float = Field(1, ge=0, description="in which the rate rises from 0")
     weight_decay: float = Field(0.05, ge=0, description="not of norms, biases and CLS tokens")
     betas: tuple[Annotated[float, Field(ge=0, lt=1)], Annotated[float, Field(ge=0, lt=1)]] = Field(

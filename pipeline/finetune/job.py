@@ -149,8 +149,9 @@ def _job(
         len(train),
         start.identity,
         start.processor.to_dict(),
-        config.train.model_dump(mode="json"),
-        config.augment.model_dump(mode="json"),
+        # Without defaults, so that a key that is new in this program orphans no training.
+        config.train.model_dump(mode="json", exclude_defaults=True),
+        config.augment.model_dump(mode="json", exclude_defaults=True),
         precision,
     ]
     digest = hashlib.sha256(json.dumps(identity).encode()).hexdigest()[:16]

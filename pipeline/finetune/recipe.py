@@ -7,7 +7,7 @@ Shape suffixes: B batch, C channels, H, W height and width, K classes.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -17,6 +17,7 @@ import torch.nn.functional as F  # noqa: N812
 from torch import Tensor, nn
 
 from pipeline.finetune.config import AugmentConfig, TrainConfig
+from pipeline.finetune.muon import Muon
 
 
 @dataclass(frozen=True)
@@ -44,19 +45,42 @@ class Schedule:
         return self.floor + (self.peak - self.floor) * (1 + math.cos(math.pi * share)) / 2
 
 
-def make_optimizer(model: nn.Module, train: TrainConfig) -> torch.optim.AdamW:
-    """AdamW over what learns; norms, biases and CLS tokens do not decay."""
+def make_optimizers(model: nn.Module, train: TrainConfig) -> dict[str, torch.optim.Optimizer]:
+    """The optimizers by name, over what learns; norms, biases and CLS tokens do not decay.
+
+    Muon, where it is asked for, takes the matrices and the convolutions, without the classifier (which ends
+    in classes, not in features) and the depth-wise convolutions (which are no matrices).
+    """
+    orthogonal: list[nn.Parameter] = []
     decaying: list[nn.Parameter] = []
     others: list[nn.Parameter] = []
     for name, parameter in model.named_parameters():
-        if parameter.requires_grad:
-            plain = parameter.ndim > 1 and not name.endswith("cls_token")
+        if not parameter.requires_grad:
+            continue
+        plain = parameter.ndim > 1 and not name.endswith("cls_token")
+        matrix = plain and parameter.shape[1] > 1 and not name.startswith("classifier.")
+        if train.optimizer == "muon" and matrix:
+            orthogonal.append(parameter)
+        else:
             (decaying if plain else others).append(parameter)
     groups = [
         {"params": decaying, "weight_decay": train.weight_decay},
         {"params": others, "weight_decay": 0.0},
     ]
-    return torch.optim.AdamW(groups, lr=train.learning_rate, betas=train.betas, fused=True)
+    optimizers: dict[str, torch.optim.Optimizer] = {
+        "adamw": torch.optim.AdamW(groups, lr=train.learning_rate, betas=train.betas, fused=True)
+    }
+    if orthogonal:
+        optimizers["muon"] = Muon(orthogonal, train.muon_learning_rate, train.weight_decay)
+    return optimizers
+
+
+def set_rates(optimizers: Mapping[str, torch.optim.Optimizer], rate: float, train: TrainConfig) -> None:
+    """Give AdamW this learning rate, and Muon the same share of its own."""
+    for name, optimizer in optimizers.items():
+        for group in optimizer.param_groups:
+            scale = train.muon_learning_rate / train.learning_rate if name == "muon" else 1.0
+            group["lr"] = rate * scale
 
 
 class Average:

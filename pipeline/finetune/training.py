@@ -27,9 +27,10 @@ from pipeline.finetune.recipe import (
     Schedule,
     clip_gradients,
     draw_mix,
-    make_optimizer,
+    make_optimizers,
     mix_pairs,
     mixed_loss,
+    set_rates,
 )
 from pipeline.finetune.sample_set import SampleSet
 from pipeline.finetune.state import (
@@ -91,7 +92,7 @@ class Training:
             share_statistics(model)
         self.model = model.to(device)
         self._chances = Chances(self.model, self._config.seed)
-        self._optimizer = make_optimizer(self.model, self._config)
+        self._optimizers = make_optimizers(self.model, self._config)
         self._average = Average(self.model, self._config.ema_decay) if self._config.ema_decay else None
         self._scaler = torch.amp.GradScaler(device.type, enabled=job.precision == "float16")
         self.progress = Progress(job.digest)
@@ -171,8 +172,7 @@ class Training:
     def _step(self, batch: Batch, rate: float) -> None:
         """One step of the optimizer, in as many parts as the configuration says."""
         train, share = self._config, self._share.of(self._config.batch_size)
-        for group in self._optimizer.param_groups:
-            group["lr"] = rate
+        set_rates(self._optimizers, rate, train)
         chances = self._chances.draw(batch.step, train.batch_size)[..., share]
         size = batch.pixels_BHWC.shape[1]
         mix = draw_mix(self._job.config.augment, size, np.random.default_rng((train.seed, batch.step, 2)))
@@ -190,11 +190,14 @@ class Training:
             correct = (logits_BK.detach().argmax(1) == labels_B).sum()
             values = loss.detach() * part, correct, torch.tensor(part, device=self._device)
             self._running += torch.stack([it.double() for it in values])
-        self._scaler.unscale_(self._optimizer)
+        optimizers = self._optimizers.values()
+        for optimizer in optimizers:
+            self._scaler.unscale_(optimizer)
         clip_gradients(self.model.parameters(), train.clip_grad_norm)
-        self._scaler.step(self._optimizer)
+        for optimizer in optimizers:
+            self._scaler.step(optimizer)
+            optimizer.zero_grad()
         self._scaler.update()
-        self._optimizer.zero_grad()
         if self._average:
             self._average.update(self.model, batch.step)
         self.progress.step += 1
@@ -271,7 +274,8 @@ class Training:
 
     def _tensors(self) -> Tensors:
         tensors = prefixed("model/", dict(self.model.state_dict()))
-        tensors |= prefixed("optimizer/", optimizer_tensors(self._optimizer))
+        for name, optimizer in self._optimizers.items():
+            tensors |= prefixed(f"{name}/", optimizer_tensors(optimizer))
         if self._average:
             tensors |= prefixed("average/", self._average.state)
         if self._scaler.is_enabled():
@@ -284,7 +288,8 @@ class Training:
             return
         self.progress, tensors = found
         self.model.load_state_dict(without_prefix("model/", tensors))
-        load_optimizer(self._optimizer, without_prefix("optimizer/", tensors))
+        for name, optimizer in self._optimizers.items():
+            load_optimizer(optimizer, without_prefix(f"{name}/", tensors))
         if self._average:
             for name, value in without_prefix("average/", tensors).items():
                 self._average.state[name].copy_(value)
