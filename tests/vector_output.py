@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -19,17 +19,17 @@ from pipeline.storage import Storage, sha256_of
 Vectors = npt.NDArray[np.float32]
 
 
-def empty_output(folder: Path) -> Storage:
-    """An output that a run has begun, without a shard."""
+def empty_output(folder: Path, classes: Sequence[str] = (), metadata: Sequence[str] = ()) -> Storage:
+    """An output that a run has begun, without a shard, of a model with these classes."""
     storage = Storage(str(folder))
     parts = {
         "source": "nowhere",
         "weights_sha256": "0",
-        "model_config": {},
+        "model_config": {"id2label": {str(number): name for number, name in enumerate(classes)}},
         "preprocessing": {},
         "precision": "float32",
         "embedding": "pooled",
-        "columns": {},
+        "columns": {"metadata": [[name, "string"] for name in metadata]},
     }
     storage.write_bytes("fingerprint.json", json.dumps(parts).encode())
     return storage

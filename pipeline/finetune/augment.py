@@ -99,10 +99,16 @@ def shift(image: Image.Image, padding: int, rng: Rng) -> Image.Image:
     """Moved by up to `padding` pixels each way; what comes in is the image's mirror."""
     if not padding:
         return image
-    pixels = np.asarray(image)
-    padded = np.pad(pixels, ((padding, padding), (padding, padding), (0, 0)), mode="symmetric")
-    top, left = rng.integers(2 * padding, endpoint=True, size=2)
-    return Image.fromarray(padded[top : top + pixels.shape[0], left : left + pixels.shape[1]])
+    down, right = rng.integers(-padding, padding, endpoint=True, size=2)
+    rows, columns = mirrored(image.height, int(down)), mirrored(image.width, int(right))
+    return Image.fromarray(np.asarray(image)[rows[:, None], columns])
+
+
+def mirrored(length: int, moved: int) -> npt.NDArray[np.int64]:
+    """The places of an axis from `moved` on, those beyond its ends mirrored."""
+    places = np.arange(moved, moved + length)
+    places = np.where(places < 0, -1 - places, places)
+    return np.where(places >= length, 2 * length - 1 - places, places)
 
 
 def erase(pixels: Pixels, rng: Rng) -> Pixels:

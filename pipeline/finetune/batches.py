@@ -98,27 +98,26 @@ def _loader(reference: Any) -> Loader:
 
 
 def stream(loader: Loader, steps: Iterator[tuple[int, int]], cores: float) -> Generator[Batch, None, None]:
-    """The shares of these (step, size), in their order; made ahead, as many at once as there are cores."""
+    """The shares of these (step, size), in their order, made a little ahead, on as many cores as needed."""
     reference = ray.put(loader)
     context = ray.data.DataContext.get_current()
     context.enable_progress_bars = False
     context.print_on_execution_start = False
     context.execution_options.preserve_order = True
     context.target_max_block_size = context.target_min_block_size = 1
-    most = max(AHEAD, int(cores))
-    bound_queues(context, most)
+    bound_queues(context, AHEAD)
     while lot := [{"step": step, "size": size} for step, size in itertools.islice(steps, LOT_STEPS)]:
         dataset = ray.data.from_items(lot, override_num_blocks=len(lot)).map_batches(
             load_step,
             fn_args=(reference,),
-            compute=TaskPoolStrategy(size=most),
+            compute=TaskPoolStrategy(size=max(1, int(cores))),
             num_cpus=LOAD_CPUS,
             max_retries=_RETRIES,
             batch_size=1,
             batch_format="pyarrow",
         )
         for table in dataset.iter_batches(batch_size=1, batch_format="pyarrow", prefetch_batches=AHEAD):
-            yield _unpacked(table)
+            yield unpack(table)
 
 
 def load_step(batch: pa.Table, reference: Any) -> pa.Table:
@@ -127,7 +126,8 @@ def load_step(batch: pa.Table, reference: Any) -> pa.Table:
     return _loader(reference).load(row["step"], row["size"])
 
 
-def _unpacked(table: pa.Table) -> Batch:
+def unpack(table: pa.Table) -> Batch:
+    """A row of `Loader.load` as arrays, without a copy."""
     step, size = table.column("step")[0].as_py(), table.column("size")[0].as_py()
     pixels = np.frombuffer(table.column("pixels")[0].as_buffer(), np.uint8).reshape(-1, size, size, 3)
     labels = np.frombuffer(table.column("labels")[0].as_buffer(), np.int32)

@@ -74,8 +74,8 @@ def finetune(
 
         found = prepare(sources, output, cluster.tasks(cluster.cores, "preparing images"), config, prepared)
         placement = _place(config, cluster)
-        job = _job(config, start, sources, found, output, on_gpu=placement.on_gpu)
-        _check_batch(config, placement.num_workers)
+        job = make_job(config, start, sources, found, output, on_gpu=placement.on_gpu)
+        check_batch(config, placement.num_workers)
 
         def told(values: dict[str, Any]) -> None:
             lease.still_held()
@@ -114,7 +114,7 @@ def _place(config: FinetuneConfig, cluster: Cluster) -> Placement:
     return Placement(workers, on_gpu, each, each)
 
 
-def _check_batch(config: FinetuneConfig, num_workers: int) -> None:
+def check_batch(config: FinetuneConfig, num_workers: int) -> None:
     """Every worker and every part of a batch has as many images, and pairs where they are mixed."""
     augment, parts = config.augment, num_workers * config.train.accumulate
     pair = 2 if augment.mix_probability and (augment.mixup or augment.cutmix) else 1
@@ -126,7 +126,7 @@ def _check_batch(config: FinetuneConfig, num_workers: int) -> None:
         )
 
 
-def _job(
+def make_job(
     config: FinetuneConfig,
     start: Start,
     sources: list[LabelledShards],

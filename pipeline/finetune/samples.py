@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections import Counter
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -73,14 +72,14 @@ class ShardFacts:
     """What came of a shard: its files by part, and what was left out."""
 
     files: dict[str, FileRef] = field(default_factory=dict)
-    rejects: Counter[str] = field(default_factory=Counter)  # by reason
+    rejects: dict[str, int] = field(default_factory=dict)  # by reason
     examples: list[str] = field(default_factory=list)
 
     @classmethod
     def from_json(cls, text: bytes) -> ShardFacts:
         values = json.loads(text)
         files = {part: FileRef(**file) for part, file in values["files"].items()}
-        return cls(files, Counter(values["rejects"]), values["examples"])
+        return cls(files, values["rejects"], values["examples"])
 
 
 def index_path(stem: str) -> str:
@@ -187,7 +186,7 @@ class _ShardWriter:
                 self._labels[place] = rule.label_of(row)
 
     def _reject(self, reason: str, image_id: str, message: str) -> None:
-        self._facts.rejects[reason] += 1
+        self._facts.rejects[reason] = self._facts.rejects.get(reason, 0) + 1
         if len(self._facts.examples) < MOST_EXAMPLES:
             self._facts.examples.append(f"{image_id}: {message}")
 

@@ -230,7 +230,7 @@ class Training:
         """Judge the weights that would be kept, add to the curve, keep them where they are the best yet."""
         self._settle()
         judged = copy.deepcopy(self.model)
-        judged.load_state_dict(self._kept_state())
+        judged.load_state_dict(self.kept_state())
         verdict = self._judge(judged.eval())
         progress, sums = self.progress, self.progress.sums
         progress.history.append(
@@ -252,7 +252,7 @@ class Training:
             if self._share.rank == 0:
                 facts = {"step": progress.step, "digest": progress.digest}
                 said = prefixed("said/", verdict.tensors)
-                write_best(self._job.output, facts, {**prefixed("model/", self._kept_state()), **said})
+                write_best(self._job.output, facts, {**prefixed("model/", self.kept_state()), **said})
         patience = self._config.early_stop_epochs
         if patience is not None:
             waited = self._job.epochs_after(progress.step - progress.best_step)
@@ -269,7 +269,8 @@ class Training:
             sums.images + int(images),
         )
 
-    def _kept_state(self) -> Tensors:
+    def kept_state(self) -> Tensors:
+        """The weights that are kept: the average, where there is one."""
         return self._average.state if self._average else dict(self.model.state_dict())
 
     def _tensors(self) -> Tensors:

@@ -1,0 +1,231 @@
+"""A training goes on as if it had not been interrupted, and does not depend on how many share it."""
+
+from __future__ import annotations
+
+import shutil
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+
+from cvt_model.checkpoint import resolve_checkpoint
+from pipeline.errors import ConfigError, OutputError
+from pipeline.finetune.job import check_batch
+from pipeline.finetune.network import find_start
+from pipeline.finetune.results import write_results
+from pipeline.finetune.sources import Found
+from pipeline.finetune.state import Progress, read_best, read_state, without_prefix, write_state
+from pipeline.storage import Storage
+from tests.labelled_images import NETWORK, PREPROCESSING, write_folders
+from tests.s3_server import free_port
+from tests.small_training import small_config, small_job, train
+
+ROOT = Path(__file__).parent.parent
+CLOCKS = ("seconds", "images_per_s")
+
+
+@pytest.fixture(scope="module")
+def images(tmp_path_factory):
+    return write_folders(tmp_path_factory.mktemp("labelled"), 120)
+
+
+@pytest.fixture(scope="module")
+def undisturbed(images, tmp_path_factory):
+    """A job and its finished training."""
+    job = small_job(small_config(images, tmp_path_factory.mktemp("undisturbed") / "out"))
+    return job, train(job)
+
+
+def curve(training_or_progress):
+    progress = getattr(training_or_progress, "progress", training_or_progress)
+    return [{k: v for k, v in row.items() if k not in CLOCKS} for row in progress.history]
+
+
+def final_tensors(job):
+    state = read_state(job.output, job.digest)
+    assert state is not None
+    return state[1]
+
+
+def test_it_learns(undisturbed):
+    _, training = undisturbed
+    assert training.progress.finished
+    assert len(training.progress.history) == 4
+    assert training.progress.best_accuracy > 0.6  # a third would be chance
+    assert curve(training)[-1]["train_loss"] < curve(training)[0]["train_loss"]
+
+
+def test_three_interruptions_change_nothing(undisturbed, images, tmp_path):
+    job, training = undisturbed
+    other = small_job(small_config(images, tmp_path / "out"))
+    assert other.digest == job.digest
+    total = other.schedule.total_steps
+    for last in (3, 4, total - 2):  # within an epoch, directly after, near the end
+        stopped = train(other, command=lambda it, last=last: "stop" if it.progress.step >= last else "go")
+        assert stopped.progress.step == last
+    finished = train(other)
+    assert curve(finished) == curve(training)
+    mine, theirs = final_tensors(other), final_tensors(job)
+    assert mine.keys() == theirs.keys()
+    for name, value in theirs.items():
+        torch.testing.assert_close(mine[name], value, rtol=0, atol=0)
+
+
+def test_what_was_not_saved_is_done_again(undisturbed, images, tmp_path):
+    """As after a kill -9: steps beyond the newest state are lost, and repeated the same."""
+    _, training = undisturbed
+    other = small_job(small_config(images, tmp_path / "out"))
+
+    class Killed(Exception):  # noqa: N818
+        pass
+
+    def save_and_die(it):
+        if it.progress.step == 5:
+            return "save"
+        if it.progress.step == 9:
+            raise Killed
+        return "go"
+
+    with pytest.raises(Killed):
+        train(other, command=save_and_die)
+    state = read_state(other.output, other.digest)
+    assert state is not None
+    assert state[0].step == 5
+    assert curve(train(other)) == curve(training)
+
+
+def test_two_workers_train_the_network_that_one_trains(undisturbed, images, tmp_path):
+    job, training = undisturbed
+    config = small_config(images, tmp_path / "out")
+    small_job(config)  # which prepares the samples for both
+    path = tmp_path / "config.yaml"
+    path.write_text(yaml.safe_dump(config.model_dump(mode="json")))
+    words = [sys.executable, "-m", "tests.small_training", str(path)]
+    port = str(free_port())
+    workers = [subprocess.Popen([*words, str(rank), "2", port], cwd=ROOT) for rank in range(2)]
+    assert [worker.wait(timeout=120) for worker in workers] == [0, 0]
+    state = read_state(Storage(config.output.uri), job.digest)
+    assert state is not None
+    progress, tensors = state
+    expected = final_tensors(job)
+    for name in expected:
+        if name.startswith("model/") and expected[name].is_floating_point():
+            torch.testing.assert_close(tensors[name], expected[name], rtol=5e-3, atol=5e-3, msg=name)
+    for mine, theirs in zip(curve(progress), curve(training), strict=True):
+        assert mine["train_loss"] == pytest.approx(theirs["train_loss"], abs=2e-3)
+        assert mine["validation_loss"] == pytest.approx(theirs["validation_loss"], abs=2e-2)
+
+
+def test_a_state_that_is_not_whole_is_passed_over(undisturbed, tmp_path):
+    job, _ = undisturbed
+    shutil.copytree(job.output.uri, tmp_path / "out")
+    other = replace(job, output=Storage(str(tmp_path / "out")))
+    write_state(other.output, Progress(job.digest, step=3), {"x": torch.ones(1000)})
+    write_state(other.output, Progress(job.digest, step=4), {"x": torch.ones(1000)})
+    newest = max((tmp_path / "out" / "checkpoints").glob("step-*"))
+    newest.write_bytes(newest.read_bytes()[:-100])
+    state = read_state(other.output, job.digest)
+    assert state is not None
+    assert state[0].step < job.schedule.total_steps
+
+
+def test_another_training_s_state_is_refused(undisturbed, images):
+    job, _ = undisturbed
+    other = small_job(small_config(images, Path(job.output.uri), train={"learning_rate": 1e-3}))
+    assert other.digest != job.digest
+    with pytest.raises(OutputError, match="holds another training"):
+        train(other)
+
+
+def test_best_and_last_are_kept_as_checkpoints_with_the_classes(undisturbed):
+    job, training = undisturbed
+    metrics = write_results(job, Found(list(job.classes)))
+    assert metrics["accuracy"] == training.progress.best_accuracy
+    assert sum(map(sum, metrics["confusion"])) == metrics["validation_images"] == len(job.validation)
+    facts, best = read_best(job.output)
+    assert facts["step"] == training.progress.best_step
+    for folder, weights in (("", without_prefix("model/", best)), ("last", training.kept_state())):
+        checkpoint = resolve_checkpoint(str(Path(job.output.uri) / folder))
+        assert list(checkpoint.config.id2label.values()) == list(job.classes)
+        assert checkpoint.processor == job.start.processor
+        for name, value in checkpoint.load().state_dict().items():
+            torch.testing.assert_close(value, weights[name])
+
+
+def test_a_frozen_backbone_stays_as_it_was_and_parts_of_a_batch_are_one_batch(images, tmp_path):
+    finished = []
+    for accumulate in (1, 4):
+        train_section = {"freeze": "backbone", "accumulate": accumulate, "epochs": 1, "ema_decay": None}
+        job = small_job(small_config(images, tmp_path / str(accumulate), train=train_section))
+        before = job.start.build(job.classes, job.config.train.seed).state_dict()
+        state = train(job).model.state_dict()
+        moved = {name for name, value in state.items() if not torch.equal(value, before[name])}
+        assert moved == {"layernorm.weight", "layernorm.bias", "classifier.weight", "classifier.bias"}
+        finished.append(state)
+    for name in finished[0]:
+        torch.testing.assert_close(finished[0][name], finished[1][name], rtol=1e-4, atol=1e-5)
+
+
+def test_it_ends_early_where_nothing_gets_better(images, tmp_path):
+    section = {"epochs": 40, "learning_rate": 1e-9, "early_stop_epochs": 2}
+    training = train(small_job(small_config(images, tmp_path / "out", train=section)))
+    assert training.progress.finished
+    assert len(training.progress.history) <= 6
+
+
+def test_smaller_images_come_first(images, tmp_path):
+    section = {"sizes": [[0.25, 8], [0.5, 12]]}
+    job = small_job(small_config(images, tmp_path / "out", augment=section))
+    total = job.schedule.total_steps
+    sizes = [job.size_of(step) for step in range(total)]
+    assert sizes == sorted(sizes)
+    assert [sizes.count(size) / total for size in (8, 12)] == pytest.approx([0.25, 0.25], abs=1 / total)
+    assert sizes[-1] == 16
+
+
+def test_a_checkpoint_s_head_goes_where_the_classes_differ_and_stays_where_they_do_not(
+    undisturbed, images, tmp_path
+):
+    job, _ = undisturbed
+    model = {"checkpoint": job.output.uri}
+    start = find_start(small_config(images, tmp_path / "out", model=model).model)
+    weights = resolve_checkpoint(job.output.uri).load().state_dict()
+    same = start.build(start.classes(sorted(job.classes)), 0).state_dict()
+    torch.testing.assert_close(same["classifier.weight"], weights["classifier.weight"])
+    other = start.build(start.classes(["cat", "dog"]), 0).state_dict()
+    assert other["classifier.weight"].shape == (2, 32)
+    torch.testing.assert_close(other["layernorm.weight"], weights["layernorm.weight"])
+
+
+def test_a_batch_that_cannot_be_shared_is_refused(images, tmp_path):
+    config = small_config(images, tmp_path / "out", train={"batch_size": 18})
+    check_batch(config, 3)
+    with pytest.raises(
+        ConfigError, match=r"train\.batch_size: 18 is not a multiple of 4: 2 workers.*pairs"
+    ):
+        check_batch(config, 2)
+
+
+@pytest.mark.parametrize(
+    ("model", "message"),
+    [
+        ({}, "either checkpoint"),
+        ({"config": NETWORK}, "preprocessing: a network from scratch needs it"),
+        ({"config": {"depth": [1]}, "preprocessing": PREPROCESSING}, "1 stages|for 1"),
+        ({"checkpoint": "nowhere"}, "nowhere: no such"),
+        (
+            {
+                "config": NETWORK,
+                "preprocessing": {"do_center_crop": True, "crop_size": {"height": 8, "width": 9}},
+            },
+            "square",
+        ),
+    ],
+)
+def test_a_network_that_cannot_be_is_refused(images, tmp_path, model, message):
+    with pytest.raises((ConfigError, ValueError), match=message):
+        find_start(small_config(images, tmp_path / "out", model=model).model)
