@@ -143,7 +143,7 @@ def test_another_training_s_state_is_refused(undisturbed, images):
 
 def test_best_and_last_are_kept_as_checkpoints_with_the_classes(undisturbed):
     job, training = undisturbed
-    metrics = write_results(job, Found(list(job.classes)))
+    metrics = write_results(job, Found(list(job.classes)), "asked")
     assert metrics["accuracy"] == training.progress.best_accuracy
     assert sum(map(sum, metrics["confusion"])) == metrics["validation_images"] == len(job.validation)
     facts, best = read_best(job.output)

@@ -84,7 +84,7 @@ def summarize(trained: Trained, console: Console) -> None:
         f"({format_duration(metrics['seconds'])})",
         highlight=False,
     )
-    for error in trained.failed_shards.values():
+    for error in trained.failed_shards:
         console.print(f"left out: {escape(error)}", highlight=False)
     console.print(
         f"curve, confusion, classes: {escape(trained.output)}/training.html\n"

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 from cvt_model.choices import resolve_precision
 from pipeline.errors import ConfigError
 from pipeline.finetune.config import FinetuneConfig
+from pipeline.finetune.metrics import read_metrics
 from pipeline.finetune.network import Start, find_start
 from pipeline.finetune.sample_set import open_samples
 from pipeline.finetune.samples import FOLDER as SAMPLES
@@ -41,7 +42,12 @@ class Trained:
 
     output: str
     metrics: dict[str, Any]
-    failed_shards: dict[str, str]  # by stem: name and reason
+
+    @property
+    def failed_shards(self) -> list[str]:
+        """Shards that were left out: names and reasons."""
+        failed: list[str] = self.metrics["failed_shards"]
+        return failed
 
 
 def finetune(
@@ -57,11 +63,15 @@ def finetune(
     sources = list_sources(config, start.processor, output)
     output.check_writable()
     stop.check()
+    asked = _digest(_asked(config, start, sources))
     lease = acquire(output, unique_name(), config.run.lease_s)
     cluster = None
     try:
         lease.keep()
         output.delete_folder(STAGING)
+        if (finished := read_metrics(output)) is not None and finished["asked"] == asked:
+            logger.info("this training is finished; for another one choose another output")
+            return Trained(config.output.uri, finished)
         from pipeline.cluster import Cluster  # Ray, which takes seconds to start
 
         cluster = Cluster(verbose=verbose)
@@ -92,9 +102,9 @@ def finetune(
         lease.release()
     from pipeline.finetune.results import write_results
 
-    metrics = write_results(job, found)
+    metrics = write_results(job, found, asked)
     output.delete_folder(SAMPLES)
-    return Trained(config.output.uri, metrics, found.failed_shards)
+    return Trained(config.output.uri, metrics)
 
 
 def _place(config: FinetuneConfig, cluster: Cluster) -> Placement:
@@ -143,16 +153,25 @@ def make_job(
     precision = resolve_precision(config.model.precision, on_gpu=on_gpu)
     if precision == "float16" and not on_gpu:
         raise ConfigError("model.precision: float16 trains on GPUs only; choose float32 or bfloat16")
-    identity = [
-        stems,
-        classes,
-        len(train),
+    digest = _digest([stems, classes, len(train), *_recipe(config, start), precision])
+    return Job(config, start, classes, train, validation, output, precision, digest)
+
+
+def _asked(config: FinetuneConfig, start: Start, sources: list[LabelledShards]) -> list[Any]:
+    """What is known of a training before anything is read: enough to tell that it was done before."""
+    stems = [work.stem for source in sources for work in source.work]
+    return [stems, *_recipe(config, start), config.model.precision]
+
+
+def _recipe(config: FinetuneConfig, start: Start) -> list[Any]:
+    return [
         start.identity,
         start.processor.to_dict(),
         # Without defaults, so that a key that is new in this program orphans no training.
         config.train.model_dump(mode="json", exclude_defaults=True),
         config.augment.model_dump(mode="json", exclude_defaults=True),
-        precision,
     ]
-    digest = hashlib.sha256(json.dumps(identity).encode()).hexdigest()[:16]
-    return Job(config, start, classes, train, validation, output, precision, digest)
+
+
+def _digest(identity: list[Any]) -> str:
+    return hashlib.sha256(json.dumps(identity).encode()).hexdigest()[:16]

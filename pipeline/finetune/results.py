@@ -16,6 +16,7 @@ from typing import Any
 from cvt_model.model import CvtForImageClassification
 from cvt_model.save import save_checkpoint
 from pipeline.errors import OutputError
+from pipeline.finetune.metrics import METRICS
 from pipeline.finetune.model_card import model_card
 from pipeline.finetune.network import with_classes
 from pipeline.finetune.page import training_page
@@ -26,11 +27,11 @@ from pipeline.progress import iso_time
 from pipeline.quality import calibration, confusion, per_class
 from pipeline.storage import Storage
 
-METRICS, PAGE, CARD = "metrics.json", "training.html", "README.md"
+PAGE, CARD = "training.html", "README.md"
 
 
-def write_results(job: Job, found: Found) -> dict[str, Any]:
-    """Write them all, `metrics.json` last; its values are returned."""
+def write_results(job: Job, found: Found, asked: str) -> dict[str, Any]:
+    """Write them all, `metrics.json` last, and return its values. `asked` tells trainings apart."""
     state = read_state(job.output, job.digest)
     if state is None or not state[0].finished:
         raise OutputError(f"{job.output.uri}: the training has no finished state; run it again")
@@ -39,7 +40,7 @@ def write_results(job: Job, found: Found) -> dict[str, Any]:
     averaged = without_prefix("average/", tensors) or without_prefix("model/", tensors)
     _write_model(job, averaged, "last/")
     _write_model(job, without_prefix("model/", best), "")
-    metrics = _metrics(job, found, progress, facts, without_prefix("said/", best))
+    metrics = {**_metrics(job, found, progress, facts, without_prefix("said/", best)), "asked": asked}
     job.output.write_bytes(CARD, model_card(metrics).encode())
     job.output.write_bytes(PAGE, training_page(metrics).encode())
     job.output.write_bytes(METRICS, (json.dumps(metrics, indent=1) + "\n").encode())

@@ -1,0 +1,245 @@
+"""`evaluate` against brute force: every figure recomputed from the rows."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.csv as pa_csv
+import pyarrow.parquet as pq
+import pytest
+
+from pipeline.errors import FingerprintError, InputError
+from pipeline.evaluate import Reference, evaluate
+from pipeline.fingerprint import require_fingerprint
+from pipeline.index.build import build_index
+from pipeline.label_source import open_labels
+from pipeline.quality import calibration
+from pipeline.storage import Storage
+from tests.running import cli
+from tests.vector_output import commit_vectors, empty_output
+
+CLASSES = ("ant", "bee", "cow", "dog", "eel", "fox")
+DIM = 16
+
+
+class Made(NamedTuple):
+    """An output and all that went into it; `labels` is None where an image has none."""
+
+    output: Storage
+    vectors: np.ndarray
+    labels: list[str | None]
+    logits: np.ndarray
+
+
+def make(folder, count=240, seed=0, *, unlabelled=10) -> Made:
+    """Noisy clusters, a classifier that errs, two shards, a metadata column with the labels."""
+    rng = np.random.default_rng(seed)
+    centres = np.random.default_rng(99).normal(size=(len(CLASSES), DIM))
+    kinds = rng.integers(len(CLASSES), size=count)
+    vectors = (centres[kinds] + rng.normal(scale=1.1, size=(count, DIM))).astype(np.float32)
+    logits = (4 * np.eye(len(CLASSES))[kinds] + rng.normal(scale=2, size=(count, len(CLASSES)))).astype(
+        np.float32
+    )
+    labels: list[str | None] = [CLASSES[kind] for kind in kinds]
+    for place in rng.choice(count, unlabelled, replace=False):
+        labels[place] = None
+    output = empty_output(folder, CLASSES, metadata=["kind"])
+    half = count // 2
+    for name, part in (("a", slice(0, half)), ("b", slice(half, count))):
+        said, scores = logits[part].argmax(1), softmax(logits[part]).max(1)
+        flat = pa.array(logits[part].ravel())
+        columns = {
+            "kind": pa.array(labels[part], pa.string()),
+            "label": [CLASSES[n] for n in said],
+            "label_id": pa.array(said, pa.int32()),
+            "score": pa.array(scores, pa.float32()),
+            "logits": pa.FixedSizeListArray.from_arrays(flat, len(CLASSES)),
+        }
+        commit_vectors(output, name, vectors[part], columns=columns)
+    build_index(output)
+    return Made(output, vectors, labels, logits)
+
+
+def softmax(logits):
+    powers = np.exp(logits - logits.max(1, keepdims=True))
+    return powers / powers.sum(1, keepdims=True)
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory):
+    return make(tmp_path_factory.mktemp("evaluate") / "out")
+
+
+def judged(made, labels="kind", reference=None, **options):
+    known = open_labels(labels, require_fingerprint(made.output), made.output)
+    return evaluate(made.output, known, reference, **options)
+
+
+def brute_force(queries, query_labels, others, other_labels, k, *, own):
+    """kNN accuracy, recall@k, and mAP@100 by the definitions."""
+    unit = lambda rows: rows / np.linalg.norm(rows, axis=1, keepdims=True)  # noqa: E731
+    cosines = unit(queries) @ unit(others).T
+    right, recall, precision = [], {1: [], 5: [], 10: []}, []
+    for row, label in enumerate(query_labels):
+        if label is None:
+            continue
+        order = [n for n in np.argsort(-cosines[row], kind="stable") if not (own and n == row)][:100]
+        votes: dict[str, float] = {}
+        for n in order[:k]:
+            if other_labels[n] is not None:
+                votes[other_labels[n]] = votes.get(other_labels[n], 0) + np.exp(cosines[row, n] / 0.07)
+        right.append(max(votes, key=lambda name: votes[name]) == label)
+        hits = np.array([other_labels[n] == label for n in order])
+        for most, found in recall.items():
+            found.append(hits[:most].any())
+        there = sum(it == label for it in other_labels) - own
+        ranks = np.flatnonzero(hits) + 1
+        precision.append(sum((n + 1) / rank for n, rank in enumerate(ranks)) / min(100, max(1, there)))
+    return np.mean(right), {k: np.mean(found) for k, found in recall.items()}, np.mean(precision)
+
+
+def test_the_classifier_s_figures_are_those_of_its_logits(made):
+    values = judged(made)
+    known = [n for n, label in enumerate(made.labels) if label is not None]
+    truth = np.array([CLASSES.index(made.labels[n]) for n in known])
+    logits = made.logits[known]
+    assert (values["images"], values["labelled"]) == (240, 230)
+    assert values["top1"] == pytest.approx((logits.argmax(1) == truth).mean())
+    top5 = (np.argsort(-logits, axis=1)[:, :5] == truth[:, None]).any(1)
+    assert values["top5"] == pytest.approx(top5.mean())
+    expected = calibration(softmax(logits).max(1).astype(np.float32), logits.argmax(1) == truth)
+    assert values["calibration_error"] == pytest.approx(expected.error, abs=1e-6)
+    assert sum(map(sum, values["confusion"])) == 230
+    assert [row["class"] for row in values["per_class"]] == list(CLASSES)
+
+
+def test_neighbours_of_the_output_itself_leave_the_image_out(made):
+    values = judged(made, k=7)
+    accuracy, recall, precision = brute_force(
+        made.vectors, made.labels, made.vectors, made.labels, 7, own=True
+    )
+    assert values["knn_accuracy"] == pytest.approx(accuracy)
+    assert values["map_at_100"] == pytest.approx(precision, abs=1e-5)
+    assert [values[f"recall_at_{k}"] for k in (1, 5, 10)] == pytest.approx([recall[k] for k in (1, 5, 10)])
+
+
+def test_neighbours_of_another_output_are_looked_for_there(made, tmp_path):
+    other = make(tmp_path / "reference", 300, seed=5)
+    labels = open_labels("kind", require_fingerprint(other.output), other.output)
+    values = judged(made, reference=Reference(other.output, labels))
+    accuracy, recall, precision = brute_force(
+        made.vectors, made.labels, other.vectors, other.labels, 20, own=False
+    )
+    assert values["knn_accuracy"] == pytest.approx(accuracy)
+    assert values["recall_at_1"] == pytest.approx(recall[1])
+    assert values["map_at_100"] == pytest.approx(precision, abs=1e-5)
+    assert values["reference"].endswith("reference")
+
+
+def test_a_class_s_figures_average_to_the_whole(made):
+    values = judged(made)
+    rows = values["per_class"]
+    weights = [row["images"] for row in rows]
+    for name in ("knn_accuracy", "map_at_100"):
+        assert np.average([row[name] for row in rows], weights=weights) == pytest.approx(
+            values[name], abs=1e-5
+        )
+    assert np.average([row["recall"] for row in rows], weights=weights) == pytest.approx(values["top1"])
+
+
+@pytest.mark.parametrize("suffix", ["csv", "parquet", "jsonl"])
+def test_labels_of_a_file_are_joined_by_id(made, tmp_path, suffix):
+    ids = [f"{'a' if n < 120 else 'b'}#{n % 120}" for n in range(240)]
+    rows = [(image_id, label) for image_id, label in zip(ids, made.labels, strict=True) if label]
+    rows.reverse()
+    table = pa.table(
+        {"image_id": [r[0] for r in rows], "label": [r[1] for r in rows], "note": [1] * len(rows)}
+    )
+    path = tmp_path / f"labels.{suffix}"
+    if suffix == "csv":
+        pa_csv.write_csv(table, path)
+    elif suffix == "parquet":
+        pq.write_table(table, path)
+    else:
+        path.write_text("".join(json.dumps(row) + "\n" for row in table.to_pylist()))
+    mine, theirs = judged(made, str(path)), judged(made)
+    for name in ("labelled", "top1", "knn_accuracy", "map_at_100", "per_class"):
+        assert mine[name] == theirs[name]
+
+
+def test_labels_may_be_the_classifier_s_ids(made, tmp_path):
+    ids = [f"{'a' if n < 120 else 'b'}#{n % 120}" for n in range(240)]
+    lines = [
+        f"{image_id},{CLASSES.index(label)}\n"
+        for image_id, label in zip(ids, made.labels, strict=True)
+        if label
+    ]
+    (tmp_path / "labels.csv").write_text("image_id,label\n" + "".join(lines))
+    assert judged(made, str(tmp_path / "labels.csv"))["top1"] == judged(made)["top1"]
+
+
+def test_labels_that_the_classifier_does_not_know_judge_the_neighbours_alone(tmp_path):
+    made = make(tmp_path / "out", 60)
+    (tmp_path / "labels.csv").write_text(
+        "image_id,label\n" + "".join(f"a#{n},{'odd' if n % 2 else 'even'}\n" for n in range(30))
+    )
+    values = judged(made, str(tmp_path / "labels.csv"))
+    assert values["top1"] is None
+    assert values["classes"] == ["even", "odd"]
+    assert values["labelled"] == 30
+
+
+def test_a_seeded_choice_of_queries_is_asked_of_large_outputs(made):
+    values = judged(made, most_queries=50)
+    assert values["queries"] == 50
+    assert values["labelled"] == 230
+    assert abs(values["knn_accuracy"] - judged(made)["knn_accuracy"]) < 0.2
+
+
+def test_folders_are_labels(tmp_path):
+    output = empty_output(tmp_path / "out")
+    rng = np.random.default_rng(0)
+    ids = [f"{name}/{n}.jpg" for name in ("cat", "dog") for n in range(20)]
+    vectors = rng.normal(size=(40, DIM)).astype(np.float32)
+    vectors[:20, 0] += 9
+    commit_vectors(output, "images", vectors, image_ids=ids)
+    build_index(output)
+    values = evaluate(output, open_labels("folder", require_fingerprint(output), output), None, k=5)
+    assert values["classes"] == ["cat", "dog"]
+    assert values["knn_accuracy"] > 0.8
+
+
+def test_what_cannot_be_labels_is_refused_with_what_can(made, tmp_path):
+    with pytest.raises(InputError, match=r"no column species \(its metadata columns: kind\); give a \.csv"):
+        judged(made, "species")
+    (tmp_path / "x.csv").write_text("id,label\n1,2\n")
+    with pytest.raises(InputError, match=r"has no column image_id; it has id, label"):
+        judged(made, str(tmp_path / "x.csv"))
+    with pytest.raises(InputError, match="cannot read"):
+        judged(made, str(tmp_path / "nothing.csv"))
+    (tmp_path / "others.csv").write_text("image_id,label\nnobody,ant\n")
+    with pytest.raises(InputError, match="none of the 240 images"):
+        judged(made, str(tmp_path / "others.csv"))
+
+
+def test_another_model_s_output_is_no_reference(made, tmp_path):
+    other = make(tmp_path / "other", 60)
+    path = tmp_path / "other" / "fingerprint.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "weights_sha256": "1"}))
+    labels = open_labels("kind", require_fingerprint(other.output), other.output)
+    with pytest.raises(FingerprintError, match="another weights_sha256"):
+        judged(made, reference=Reference(other.output, labels))
+
+
+def test_the_command_prints_values_and_writes_a_page(made):
+    done = cli("evaluate", made.output.uri, "--labels", "kind", "--json")
+    assert done.returncode == 0, done.stderr
+    values = json.loads(done.stdout)
+    assert f"{values['top1']:.2%}" in done.stderr
+    page = Path(values["report"].removeprefix("file://")).read_text()
+    assert all(name in page for name in CLASSES)
+    assert cli("evaluate", made.output.uri, "--labels", "nothing").returncode == 2
