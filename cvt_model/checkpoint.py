@@ -26,7 +26,7 @@ from cvt_model.layouts import (
     match_keys,
     transformers_layout,
 )
-from cvt_model.presets import HUB_IDS, PRESETS
+from cvt_model.presets import HUB_IDS, PRESETS, TRAINED
 from cvt_model.weights import (
     Shapes,
     draw_weights,
@@ -52,8 +52,8 @@ class Checkpoint:
     """A checkpoint that was found and understood; no tensor is loaded yet."""
 
     source: str
-    path: Path | None  # the directory or the weight file; None of a built-in model
-    weight_files: tuple[Path, ...]  # sorted by name; empty of a built-in model
+    path: Path | None  # the directory or the weight file; None of random weights
+    weight_files: tuple[Path, ...]  # sorted by name; empty of random weights
     layout: Layout  # of the weight files
     config: CvtConfig  # its num_labels is 0 where the weights have no classifier
     preprocessing: CvtImageProcessor | str  # or the reason why there is none
@@ -145,13 +145,15 @@ def resolve_checkpoint(source: str | os.PathLike[str]) -> Checkpoint:
         return resolve_directory(source, path)
     if path.is_file():
         return resolve_file(source, path)
+    if source in TRAINED:
+        return resolve_directory(source, Path(__file__).parent / "trained" / source)
     if source in PRESETS:
         return resolve_builtin(source)
     if not is_hub_id(source):
         raise CheckpointError(
             f"{source}: no such file or directory, and not a Hub id (org/name, org/name@revision); "
             "check the spelling, or use a published or a built-in model: "
-            f"{', '.join((*HUB_IDS, *PRESETS))}"
+            f"{', '.join((*HUB_IDS, *TRAINED, *PRESETS))}"
         )
     source = full_id(source)
     return resolve_directory(source, fetch(source))

@@ -42,9 +42,13 @@ ARCHITECTURES: Mapping[str, Architecture] = MappingProxyType(
 HUB_IDS: Mapping[str, str] = MappingProxyType({name: it.hub_id for name, it in ARCHITECTURES.items()})
 
 
+# Built-in models that were trained: directories of the Hub's layout in trained/, with their cards.
+TRAINED = ("cvt-tiny-cifar10",)
+
+
 @dataclass(frozen=True)
 class Preset:
-    """A built-in model: its network, the seed of its random weights, its preprocessing."""
+    """A built-in model of random weights: its network, their seed, its preprocessing."""
 
     config: CvtConfig
     seed: int

@@ -8,6 +8,7 @@ from typing import Annotated
 import typer
 from rich.markup import escape
 
+from cvt_model.choices import Precision
 from jobs.common import console, run_module, set_up_logging
 
 SETTINGS: dict[str, object] = {}
@@ -29,6 +30,9 @@ def convert(
             help="a new directory; a new .onnx file; a new .xml file of OpenVINO (and its .bin)",
         ),
     ],
+    dtype: Annotated[
+        Precision, typer.Option(help="of a directory's weights: float32, or half of its bytes")
+    ] = "float32",
 ) -> None:
     """Write a checkpoint of any layout in the Hub's, which transformers reads too, or for other runtimes.
 
@@ -37,7 +41,7 @@ def convert(
     set_up_logging(verbose=False)
     from pipeline.convert import convert as convert_checkpoint
 
-    for path in convert_checkpoint(source, destination):
+    for path in convert_checkpoint(source, destination, dtype):
         console.print(f"wrote {escape(str(path))}", highlight=False)
 
 

@@ -10,6 +10,7 @@ import logging
 from pathlib import Path
 
 from cvt_model.checkpoint import Checkpoint, resolve_checkpoint
+from cvt_model.choices import Precision
 from cvt_model.errors import CheckpointError
 from pipeline.errors import ConfigError, OutputError
 
@@ -18,26 +19,31 @@ EXPORTS = (".onnx", ".xml")
 logger = logging.getLogger(__name__)
 
 
-def convert(source: str, destination: Path) -> tuple[Path, ...]:
-    """Write `source` in float32 to `destination`; returns the files.
+def convert(source: str, destination: Path, dtype: Precision = "float32") -> tuple[Path, ...]:
+    """Write `source` to `destination`; returns the files.
 
-    That is a new `.onnx` or `.xml` (OpenVINO) file with the inference form, else a new or empty directory
-    in the Hub's layout. Raises ConfigError for what is wrong with `source` or not installed, OutputError
-    for what is wrong with `destination`.
+    That is a new `.onnx` or `.xml` (OpenVINO) file with the inference form in float32, else a new or empty
+    directory in the Hub's layout, its weights in `dtype`. Raises ConfigError for what is wrong with `source`
+    or not installed, OutputError for what is wrong with `destination`.
     """
     refuse_occupied(destination)
-    write = export if destination.suffix in EXPORTS else save
+    is_export = destination.suffix in EXPORTS
+    if is_export and dtype != "float32":
+        raise ConfigError(f"--dtype: a {destination.suffix} file is written in float32; leave it out")
     try:
-        return write(resolve_checkpoint(source), destination)
+        checkpoint = resolve_checkpoint(source)
+        return export(checkpoint, destination) if is_export else save(checkpoint, destination, dtype)
     except CheckpointError as error:
         raise ConfigError(f"SRC: {error}") from error
 
 
-def save(checkpoint: Checkpoint, destination: Path) -> tuple[Path, ...]:
+def save(checkpoint: Checkpoint, destination: Path, dtype: Precision) -> tuple[Path, ...]:
     """Write a directory in the Hub's layout."""
-    from cvt_model.save import differences_in_transformers, save_checkpoint  # torch
+    import torch
 
-    model = checkpoint.load()
+    from cvt_model.save import differences_in_transformers, save_checkpoint
+
+    model = checkpoint.load(getattr(torch, dtype))
     preprocessing = checkpoint.preprocessing
     processor = None if isinstance(preprocessing, str) else preprocessing
     try:

@@ -93,3 +93,17 @@ def test_the_verb_says_what_it_wrote_and_what_transformers_would_compute_otherwi
     again = cli("convert", GOLDENS / "tensorflow", tmp_path / "new")
     assert again.returncode == 2
     assert "is not an empty directory" in again.stderr
+
+
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
+def test_weights_can_be_written_in_half_their_bytes(dtype, tmp_path):
+    convert("cvt-tiny-random", tmp_path / "whole")
+    convert("cvt-tiny-random", tmp_path / "half", dtype)
+    sizes = [(tmp_path / name / "model.safetensors").stat().st_size for name in ("whole", "half")]
+    assert 0.45 < sizes[1] / sizes[0] < 0.56
+    assert json.loads((tmp_path / "half" / "config.json").read_text())["dtype"] == dtype
+    pixels = torch.randn(2, 3, 64, 64)
+    logits = [resolve_checkpoint(str(tmp_path / name)).load()(pixels).logits for name in ("whole", "half")]
+    assert (logits[0] - logits[1]).abs().max() < 0.02 * logits[0].abs().max()
+    with pytest.raises(ConfigError, match="--dtype: a .onnx file is written in float32"):
+        convert("cvt-tiny-random", tmp_path / "x.onnx", dtype)

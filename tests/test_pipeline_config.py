@@ -5,11 +5,14 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+import yaml
 from pydantic import ValidationError
 
 from pipeline.config import Config, IndexConfig
 from pipeline.errors import ConfigError
-from pipeline.load_config import load_config, load_section
+from pipeline.finetune.config import FinetuneConfig
+from pipeline.finetune.network import find_start
+from pipeline.load_config import load_config, load_section, read_config
 
 CONFIGS = Path(__file__).parents[1] / "configs"
 MINIMAL = "input: {uri: in}\nmodel: {checkpoint: m}\noutput: {uri: out}\n"
@@ -149,7 +152,11 @@ def test_a_section_alone_takes_its_own_keys_and_no_others() -> None:
 
 @pytest.mark.parametrize("path", sorted(CONFIGS.glob("*.yaml")), ids=lambda path: path.name)
 def test_the_examples_are_valid(path: Path) -> None:
-    assert load_config(path, environ={}).output.uri
+    if "train" in yaml.safe_load(path.read_text()):
+        config = read_config(FinetuneConfig, path, environ={})
+        assert find_start(config.model).pixels if config.model.config else config.model.checkpoint
+    else:
+        assert load_config(path, environ={}).output.uri
 
 
 @pytest.mark.parametrize(
