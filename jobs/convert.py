@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import typer
 from rich.markup import escape
 
-from cvt_model.choices import Precision
 from jobs.common import console, run_module, set_up_logging
 
 SETTINGS: dict[str, object] = {}
+DType = Literal["float32", "bfloat16", "float16"]
 
 
 def convert(
@@ -31,7 +31,7 @@ def convert(
         ),
     ],
     dtype: Annotated[
-        Precision, typer.Option(help="of a directory's weights: float32, or half of its bytes")
+        DType, typer.Option(help="of a directory's weights: float32, or half of its bytes")
     ] = "float32",
 ) -> None:
     """Write a checkpoint of any layout in the Hub's, which transformers reads too, or for other runtimes.

@@ -23,8 +23,8 @@ def convert(source: str, destination: Path, dtype: Precision = "float32") -> tup
     """Write `source` to `destination`; returns the files.
 
     That is a new `.onnx` or `.xml` (OpenVINO) file with the inference form in float32, else a new or empty
-    directory in the Hub's layout, its weights in `dtype`. Raises ConfigError for what is wrong with `source`
-    or not installed, OutputError for what is wrong with `destination`.
+    directory in the Hub's layout, its weights in `dtype`. Raises ConfigError for what is wrong with
+    `source` or not installed, OutputError for what is wrong with `destination`.
     """
     refuse_occupied(destination)
     is_export = destination.suffix in EXPORTS

@@ -105,5 +105,5 @@ def test_weights_can_be_written_in_half_their_bytes(dtype, tmp_path):
     pixels = torch.randn(2, 3, 64, 64)
     logits = [resolve_checkpoint(str(tmp_path / name)).load()(pixels).logits for name in ("whole", "half")]
     assert (logits[0] - logits[1]).abs().max() < 0.02 * logits[0].abs().max()
-    with pytest.raises(ConfigError, match="--dtype: a .onnx file is written in float32"):
+    with pytest.raises(ConfigError, match=r"--dtype: a \.onnx file is written in float32"):
         convert("cvt-tiny-random", tmp_path / "x.onnx", dtype)

@@ -81,7 +81,8 @@ def test_jobs_know_the_pipeline_and_not_the_model(path: Path) -> None:
 
 def test_only_the_cluster_and_the_graph_import_ray() -> None:
     found = [name_of(path) for path in FILES if "ray" in packages(path)]
-    assert found == ["pipeline/back_pressure.py", "pipeline/cluster.py", "pipeline/run.py"]
+    training = ["pipeline/finetune/batches.py", "pipeline/finetune/fit.py"]
+    assert found == ["pipeline/back_pressure.py", "pipeline/cluster.py", *training, "pipeline/run.py"]
 
 
 def test_only_storage_opens_file_systems() -> None:
