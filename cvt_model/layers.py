@@ -8,7 +8,10 @@ from collections import OrderedDict
 from collections.abc import Iterator
 
 import torch
+import torch.nn.functional as F  # noqa: N812
 from torch import Tensor, nn
+
+FEW_KEYS = 64
 
 
 class QuickGELU(nn.Module):
@@ -40,6 +43,18 @@ class DropPath(nn.Module):
             chances_B = next(self.chances)
         kept_B = (chances_B >= self.rate).to(x_BLC) / (1.0 - self.rate)
         return x_BLC * kept_B[:, None, None]
+
+
+def attend(q_BNLD: Tensor, k_BNSD: Tensor, v_BNSD: Tensor, scale: float, drop_rate: float) -> Tensor:
+    """Attention of queries to keys and values.
+
+    With few keys the gradients of plain products take two thirds of the time on CPUs; with many, torch's
+    own attention is twice as fast, and takes no memory for the weights.
+    """
+    trains = torch.is_grad_enabled() and q_BNLD.requires_grad
+    if trains and q_BNLD.device.type == "cpu" and k_BNSD.shape[2] <= FEW_KEYS and not drop_rate:
+        return ((q_BNLD * scale) @ k_BNSD.transpose(2, 3)).softmax(dim=3) @ v_BNSD
+    return F.scaled_dot_product_attention(q_BNLD, k_BNSD, v_BNSD, dropout_p=drop_rate, scale=scale)
 
 
 def named(**modules: nn.Module) -> nn.Sequential:

@@ -17,13 +17,21 @@ from pathlib import Path
 from typing import Any, NamedTuple, Self
 
 import torch
-import torch.nn.functional as F  # noqa: N812
 from torch import Tensor, nn
 
 from cvt_model.checkpoint import resolve_checkpoint
 from cvt_model.config import CvtConfig
 from cvt_model.image_processor import CvtImageProcessor
-from cvt_model.layers import DropPath, QuickGELU, join_cls_token, named, split_cls_token, to_map, to_tokens
+from cvt_model.layers import (
+    DropPath,
+    QuickGELU,
+    attend,
+    join_cls_token,
+    named,
+    split_cls_token,
+    to_map,
+    to_tokens,
+)
 from cvt_model.loss import classification_loss
 from cvt_model.save import save_checkpoint
 
@@ -95,12 +103,12 @@ class SelfAttention(nn.Module):
         q_BLC = join_cls_token(cls_B1C, to_tokens(self.convolution_projection_query(map_BCHW)))
         k_BSC = join_cls_token(cls_B1C, to_tokens(self.convolution_projection_key(map_BCHW)))
         v_BSC = join_cls_token(cls_B1C, to_tokens(self.convolution_projection_value(map_BCHW)))
-        context_BNLD = F.scaled_dot_product_attention(
+        context_BNLD = attend(
             self.split_heads(self.projection_query(q_BLC)),
             self.split_heads(self.projection_key(k_BSC)),
             self.split_heads(self.projection_value(v_BSC)),
-            dropout_p=self.drop_rate if self.training else 0.0,
-            scale=self.scale,
+            self.scale,
+            self.drop_rate if self.training else 0.0,
         )
         return context_BNLD.transpose(1, 2).flatten(2)
 
