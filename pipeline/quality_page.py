@@ -37,7 +37,8 @@ def page(
         for label, value, note in tiles
     )
     return PAGE.format(
-        run=safe(title),
+        title=safe(f"{verb}: {title}"),
+        run="",
         verb=safe(verb),
         output=name(title),
         when=safe(when),

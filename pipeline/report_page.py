@@ -60,7 +60,8 @@ def report_page(values: dict[str, Any]) -> str:
         _section("Configuration", _config(values)),
     )
     return PAGE.format(
-        run=safe(values["run"]),
+        title=f"Run {safe(values['run'])}",
+        run=f"<code>{safe(values['run'])}</code>",
         verb="run" if "steps" in values else "extract",
         output=name(values["output"]),
         when=safe(f"{values['started_at'].replace('T', ' ').replace('+00:00', ' UTC')}"),

@@ -3,9 +3,9 @@
 PAGE = """<!doctype html>
 <html lang="en"><head><meta charset="utf-8">
 <meta name="viewport" content="width=device-width, initial-scale=1">
-<link rel="icon" href="data:,"><title>Run {run}</title><style>{style}</style></head>
+<link rel="icon" href="data:,"><title>{title}</title><style>{style}</style></head>
 <body><header><p>cvt-pipeline · {verb}</p><h1>{output}</h1>
-<p>{verdict}<span>{when}</span><code>{run}</code></p></header>
+<p>{verdict}<span>{when}</span>{run}</p></header>
 {stopped}<div class="tiles">{tiles}</div><main>{sections}</main><script>{script}</script></body></html>
 """
 
