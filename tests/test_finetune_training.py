@@ -7,6 +7,7 @@ import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -14,7 +15,7 @@ import yaml
 
 from cvt_model.checkpoint import resolve_checkpoint
 from pipeline.errors import ConfigError, OutputError
-from pipeline.finetune.job import check_batch
+from pipeline.finetune.job import check_batch, place_workers
 from pipeline.finetune.network import find_start
 from pipeline.finetune.results import write_results
 from pipeline.finetune.sources import Found
@@ -229,3 +230,36 @@ def test_a_batch_that_cannot_be_shared_is_refused(images, tmp_path):
 def test_a_network_that_cannot_be_is_refused(images, tmp_path, model, message):
     with pytest.raises((ConfigError, ValueError), match=message):
         find_start(small_config(images, tmp_path / "out", model=model).model)
+
+
+@pytest.mark.parametrize(
+    ("gpus", "cores", "compute", "expected"),
+    [
+        (0, 8, {}, (1, False, 8)),
+        (0, 8, {"workers": 4}, (4, False, 2)),
+        (4, 32, {}, (4, True, 8)),
+        (4, 32, {"workers": 2}, (2, True, 16)),
+        (4, 32, {"worker_gpus": 0}, (1, False, 32)),
+        (0, 2, {"workers": 3}, (3, False, 1)),
+    ],
+)
+def test_workers_are_one_a_gpu_or_one_of_all_cores(images, tmp_path, gpus, cores, compute, expected):
+    config = small_config(images, tmp_path / "out", compute=compute)
+    placed = place_workers(config, SimpleNamespace(num_gpus=gpus, cores=cores))
+    assert (placed.num_workers, placed.on_gpu, placed.num_threads) == expected
+
+
+@pytest.mark.parametrize(
+    ("gpus", "compute", "message"),
+    [(0, {"worker_gpus": 1}, "the cluster has no GPU"), (2, {"workers": 3}, "3 workers need a GPU each")],
+)
+def test_more_gpus_than_there_are_cannot_be_had(images, tmp_path, gpus, compute, message):
+    config = small_config(images, tmp_path / "out", compute=compute)
+    with pytest.raises(ConfigError, match=message):
+        place_workers(config, SimpleNamespace(num_gpus=gpus, cores=8))
+
+
+def test_float16_needs_a_gpu(images, tmp_path):
+    model = {"config": NETWORK, "preprocessing": PREPROCESSING, "precision": "float16"}
+    with pytest.raises(ConfigError, match="float16 trains on GPUs only"):
+        small_job(small_config(images, tmp_path / "out", model=model))

@@ -83,7 +83,7 @@ def finetune(
             on_progress({"phase": "preparing", "shards": number, "total_shards": total})
 
         found = prepare(sources, output, cluster.tasks(cluster.cores, "preparing images"), config, prepared)
-        placement = _place(config, cluster)
+        placement = place_workers(config, cluster)
         job = make_job(config, start, sources, found, output, on_gpu=placement.on_gpu)
         check_batch(config, placement.num_workers)
 
@@ -107,7 +107,7 @@ def finetune(
     return Trained(config.output.uri, metrics)
 
 
-def _place(config: FinetuneConfig, cluster: Cluster) -> Placement:
+def place_workers(config: FinetuneConfig, cluster: Cluster) -> Placement:
     """Workers by GPU where there are any, else one, with all cores of its machine."""
     from pipeline.finetune.fit import Placement
 
