@@ -19,7 +19,7 @@ from ray.data._internal.execution.execution_callback import ExecutionCallback
 from ray.data.context import DataContext
 
 _MOST = "cvt_pipeline.most_waiting"
-_PAUSE_S = 0.01
+_PAUSE_S = 0.02
 
 
 def bound_queues(context: DataContext, most: int) -> None:
