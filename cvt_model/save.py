@@ -66,9 +66,10 @@ def replace(path: Path, write: Callable[[Path], None]) -> None:
         temporary.unlink(missing_ok=True)
 
 
-def write_weights(path: Path, state: dict[str, "Tensor"]) -> None:
+def write_weights(path: Path, state: dict[str, "Tensor"], metadata: dict[str, str] | None = None) -> None:
+    """Write safetensors, by default as transformers takes them. Raises OSError where that fails."""
     try:
-        save_file(state, path, metadata=WEIGHTS_FORMAT)
+        save_file(state, path, metadata=metadata or WEIGHTS_FORMAT)
     except SafetensorError as error:
         raise OSError(f"{path} cannot be written: {error}") from error
 

@@ -30,11 +30,11 @@ def demo(
     set_up_logging(verbose=False)
     from pipeline.demo import MODEL
     from pipeline.demo import demo as run_demo
-    from pipeline.progress import ProgressDisplay
+    from pipeline.progress import run_display
     from pipeline.report import summarize
 
     console.print(f"model: {MODEL}, a small CvT with seeded random weights (no trained one ships yet)")
-    with ProgressDisplay(console) as progress:
+    with run_display(console) as progress:
         result = run_demo(folder, stop=stop, on_progress=progress, started=process_started())
     summarize(result.tally, console, next_step="search --image FILE")
     if result.tally.failed_shards or result.tally.stopped:

@@ -51,10 +51,10 @@ def extract(
 def carry_out(settings: Config, stop: Stop, *, verbose: bool, next_step: str | None) -> Tally:
     """Extract, with a bar or log lines on the way and a summary at the end."""
     from pipeline.extract import extract as run_extract
-    from pipeline.progress import ProgressDisplay
+    from pipeline.progress import run_display
     from pipeline.report import log_summary, summarize
 
-    with ProgressDisplay(console) as progress:
+    with run_display(console) as progress:
         tally = run_extract(
             settings,
             stop=stop,

@@ -28,10 +28,10 @@ def finetune(config: ConfigFile, overrides: Overrides = None, verbose: Verbose =
 
     settings = read_config(FinetuneConfig, config, overrides or ())
     set_up_logging(verbose=verbose, log_format=settings.run.log_format)
-    from pipeline.finetune.display import TrainingDisplay, summarize
+    from pipeline.finetune.display import summarize, training_display
     from pipeline.finetune.job import finetune as run_finetune
 
-    with TrainingDisplay(console) as display:
+    with training_display(console) as display:
         trained = run_finetune(settings, stop=stop, on_progress=display, verbose=verbose)
     summarize(trained, console)
     raise typer.Exit(INCOMPLETE if trained.failed_shards else DONE)

@@ -28,6 +28,16 @@ from pipeline.resources import Node, Resources, share_out
 if TYPE_CHECKING:
     from pipeline.index.tasks import Runner
 
+DEATHS = (
+    ray.exceptions.WorkerCrashedError,
+    ray.exceptions.OutOfMemoryError,
+    ray.exceptions.NodeDiedError,
+    ray.exceptions.RayActorError,
+    ray.exceptions.ObjectLostError,
+    ray.exceptions.StreamingGeneratorReplayInconsistentError,
+)
+"""What Ray raises where a process of its cluster died."""
+
 T = TypeVar("T")
 
 logger = logging.getLogger(__name__)
@@ -98,7 +108,7 @@ class Cluster:
                 except ray.exceptions.RayTaskError as error:
                     cause = error.cause
                     raise cause if isinstance(cause, PipelineError) else error from None
-                except ray.exceptions.WorkerCrashedError as error:
+                except DEATHS as error:
                     raise WorkersDiedError(4, doing) from error
 
         return run

@@ -51,12 +51,13 @@ class WorkersDiedError(PipelineError):
     """Workers of the cluster died again and again over the same work: memory, or an input (exit 1)."""
 
     def __init__(self, times: int, reason: str) -> None:
+        often = "once" if times == 1 else f"{times} times"
         super().__init__(
-            f"workers died {times} times over the same work ({reason}); look for the out-of-memory killer "
+            f"workers died {often} over the same work ({reason}); look for the out-of-memory killer "
             "in the system's log, give the machine more memory or the run fewer actors, and run again: "
             "what is committed stays"
         )
-        self.short = f"workers died {times} times over it ({reason})"
+        self.short = f"workers died {often} over it ({reason})"
 
 
 class DecoderError(PipelineError):

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
-from pipeline.quality_page import calibration_bars, class_table, confusion_matrix, page, section
-from pipeline.report_parts import count, pairs, safe
+from pipeline.quality_page import calibration_bars, class_table, confusion_matrix, page
+from pipeline.report_parts import count, pairs, safe, section
 
 
 def evaluation_page(values: dict[str, Any]) -> str:

@@ -14,6 +14,7 @@ import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from pipeline.errors import InputError
 from pipeline.index.vectors import Vectors, usable
 from pipeline.labelled_rows import LABEL_ROWS, NO_CLASS, VECTOR_ROWS, matrix, tables
 from pipeline.quality import Flags, Floats, Ids
@@ -77,7 +78,10 @@ def ask_neighbours(
     *,
     own: bool,
 ) -> Neighbours:
-    """Look for the neighbours of the chosen images, a few thousand at a time."""
+    """Look for the neighbours of the chosen images, a few thousand at a time.
+
+    Raises InputError where no chosen image has an embedding that can be compared.
+    """
     parts: list[tuple[Ids, Ids, Floats, Matrix]] = []
     per_class = np.bincount(by_faiss_id[by_faiss_id != NO_CLASS], minlength=int(label.max()) + 1)
     seen = 0
@@ -97,6 +101,8 @@ def ask_neighbours(
         relevant = neighbours == mine[:, None]
         there = per_class[mine] - own
         parts.append((mine, _vote(neighbours[:, :k], scores[:, :k]), _precision(relevant, there), relevant))
+    if not parts:
+        raise InputError(f"--labels: no labelled image of {output.uri} has an embedding to compare")
     mine, voted, precision, relevant = (np.concatenate(part) for part in zip(*parts, strict=True))
     return Neighbours(mine, voted, precision, {k: np.any(relevant[:, :k], axis=1) for k in RECALL_AT})
 

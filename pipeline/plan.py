@@ -13,9 +13,12 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 
+import pyarrow as pa
+
 from pipeline.commits import Commit, CommitLog
 from pipeline.config import Config
 from pipeline.errors import InputError
+from pipeline.manifest import Manifest
 from pipeline.shards import Listing, Member, Shard, Work, file_name, name_part
 from pipeline.storage import FileInfo
 
@@ -88,6 +91,23 @@ class Plan:
     @property
     def size_bytes(self) -> int:
         return sum(work.size_bytes for work in self.work)
+
+
+def plan_input(
+    listing: Listing,
+    manifest: Manifest | None,
+    metadata: Iterable[pa.Field],
+    log: CommitLog,
+    fingerprint: str,
+    rules: Rules,
+) -> Plan:
+    """The plan of any input. `metadata` are the columns of a manifest that tell its rows apart."""
+    if manifest is not None:
+        return plan_members(listing, manifest.members(list(metadata)), log, fingerprint, rules)
+    if listing.format == "images":
+        members = [Member(file.path, file.size, file.version) for file in listing.files]
+        return plan_members(listing, members, log, fingerprint, rules)
+    return plan_files(listing, log, fingerprint, rules)
 
 
 def plan_files(listing: Listing, log: CommitLog, fingerprint: str, rules: Rules) -> Plan:

@@ -12,7 +12,6 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 import pyarrow as pa
-import pyarrow.parquet as pq
 
 from cvt_model.checkpoint import Checkpoint, resolve_checkpoint
 from cvt_model.choices import Precision, resolve_backend
@@ -23,10 +22,10 @@ from pipeline.config import Config
 from pipeline.errors import ConfigError, EmptyInputError, LimitError
 from pipeline.fingerprint import Fingerprint, make_fingerprint, read_fingerprint, refuse_difference
 from pipeline.manifest import Manifest
-from pipeline.plan import Plan, Rules, plan_files, plan_members
-from pipeline.read_parquet import find_image_column
+from pipeline.plan import Plan, Rules, plan_input
+from pipeline.read_parquet import find_image_column, first_schema
 from pipeline.read_webdataset import METADATA_EXTENSIONS
-from pipeline.shards import Listing, Member, list_input
+from pipeline.shards import Listing, list_input
 from pipeline.storage import Storage, split_glob
 
 
@@ -120,17 +119,10 @@ def _list(config: Config, output: Storage, *, known: bool) -> Listing:
 
 def make_plan(prepared: Prepared) -> tuple[Plan, CommitLog]:
     """Hold the listing against the commits as they are now; a run does so under its lease."""
-    listing, manifest = prepared.listing, prepared.manifest
     log, digest = CommitLog(prepared.output), prepared.fingerprint.digest
     rules = Rules.of(prepared.config, time.time())
-    if listing.format not in ("images", "manifest"):
-        return plan_files(listing, log, digest, rules), log
-    members = manifest.members(list(prepared.metadata)) if manifest else _members(listing)
-    return plan_members(listing, members, log, digest, rules), log
-
-
-def _members(listing: Listing) -> list[Member]:
-    return [Member(file.path, file.size, file.version) for file in listing.files]
+    plan = plan_input(prepared.listing, prepared.manifest, prepared.metadata, log, digest, rules)
+    return plan, log
 
 
 def _metadata_fields(
@@ -178,19 +170,16 @@ def _available(config: Config, listing: Listing, manifest: Manifest | None) -> d
 
 def _parquet_columns(config: Config, listing: Listing) -> list[pa.Field]:
     """The columns of the first file that has a readable footer, without the image and the id."""
-    for file in listing.files:
-        try:
-            with listing.root.open(file.path) as stream:
-                found = pq.read_schema(stream)
-        except (pa.ArrowException, OSError):
-            continue  # told as a failed shard, by name, when it is read
-        image = find_image_column(found, file.path, config.input.image_column)
-        id_column = config.input.id_column
-        if id_column and id_column not in found.names:
-            columns = ", ".join(found.names)
-            raise ConfigError(f"input.id_column: {file.path} has no column {id_column}; it has {columns}")
-        return [column for column in found if column.name not in (image, config.input.id_column)]
-    return []
+    first = first_schema(listing)
+    if first is None:
+        return []  # told as failed shards, by name, when they are read
+    path, found = first
+    image = find_image_column(found, path, config.input.image_column)
+    id_column = config.input.id_column
+    if id_column and id_column not in found.names:
+        columns = ", ".join(found.names)
+        raise ConfigError(f"input.id_column: {path} has no column {id_column}; it has {columns}")
+    return [column for column in found if column.name not in (image, id_column)]
 
 
 def summarize_plan(config: Config) -> dict[str, int | str | None]:

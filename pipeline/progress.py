@@ -10,9 +10,10 @@ import logging
 import os
 import socket
 import time
+from collections.abc import Callable
 from datetime import UTC, datetime
 from types import TracebackType
-from typing import Any, Self
+from typing import Any, Generic, NamedTuple, Self, TypeVar
 
 from rich.console import Console
 from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
@@ -23,13 +24,28 @@ from pipeline.tally import Tally
 PROGRESS = "progress.json"
 LOG_EVERY_S = 10.0
 
+Told = TypeVar("Told")
+
 logger = logging.getLogger(__name__)
 
 
-class ProgressDisplay:
-    """Shows a Tally; call it as often as you like. A context manager, which ends the bar."""
+class Picture(NamedTuple):
+    """What people see of work under way: a line, how much of it is done, and the values behind it."""
 
-    def __init__(self, console: Console) -> None:
+    line: str
+    done: float
+    total: float
+    values: dict[str, Any]
+
+
+class Display(Generic[Told]):
+    """Shows what it is told as `picture` draws it; call it as often as you like.
+
+    A context manager, which ends the bar. `beginning` stands there until the first call.
+    """
+
+    def __init__(self, console: Console, beginning: str, picture: Callable[[Told], Picture]) -> None:
+        self._picture = picture
         self._last_log = time.monotonic()
         self._bar: Progress | None = None
         if console.is_terminal:
@@ -41,7 +57,7 @@ class ProgressDisplay:
                 console=console,
                 transient=True,
             )
-            self._task = self._bar.add_task("starting Ray and loading the model", total=None)
+            self._task = self._bar.add_task(beginning, total=None)
 
     def __enter__(self) -> Self:
         if self._bar:
@@ -54,15 +70,27 @@ class ProgressDisplay:
         if self._bar:
             self._bar.stop()
 
-    def __call__(self, tally: Tally) -> None:
+    def __call__(self, told: Told) -> None:
         if self._bar:
-            total = max(tally.planned_bytes, 1)
-            description = describe(tally) if tally.num_seen else "starting Ray and loading the model"
-            done = min(total, round(total * tally.fraction_done))
-            self._bar.update(self._task, total=total, completed=done, description=description)
+            picture = self._picture(told)
+            self._bar.update(
+                self._task, total=picture.total, completed=picture.done, description=picture.line
+            )
         elif time.monotonic() - self._last_log >= LOG_EVERY_S:
             self._last_log = time.monotonic()
-            logger.info("%s", describe(tally), extra={"values": progress_values(tally)})
+            picture = self._picture(told)
+            logger.info("%s", picture.line, extra={"values": picture.values})
+
+
+def run_display(console: Console) -> Display[Tally]:
+    """Shows the Tally of a run."""
+    beginning = "starting Ray and loading the model"
+
+    def picture(tally: Tally) -> Picture:
+        line = describe(tally) if tally.num_seen else beginning
+        return Picture(line, tally.fraction_done, 1, progress_values(tally))
+
+    return Display(console, beginning, picture)
 
 
 def write_progress(output: Storage, tally: Tally) -> None:

@@ -51,14 +51,6 @@ def page(
     )
 
 
-def section(title: str, content: str, note: str = "", *, wide: bool = False) -> str:
-    """A card; nothing where it has no content."""
-    if not content:
-        return ""
-    said = f"<small>{safe(note)}</small>" if note else ""
-    return f"<section class='{'wide' if wide else ''}'><h2>{safe(title)}{said}</h2>{content}</section>"
-
-
 def curves(
     xs: Sequence[float], lines: Mapping[str, Sequence[float]], unit: str, *, percent: bool = False
 ) -> str:

@@ -5,6 +5,7 @@ Streamed in small batches; only the columns that are needed are read.
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Iterator
 from typing import Any
 
@@ -14,7 +15,7 @@ import pyarrow.parquet as pq
 from pipeline.errors import InputError, ShardError
 from pipeline.samples import CHUNK_BYTES, ReadOptions, Sample
 from pipeline.schema import safe_text
-from pipeline.shards import Work
+from pipeline.shards import Listing, Work
 from pipeline.storage import Storage, parent_and_name, storage_errors
 
 _BATCH_ROWS = 64
@@ -43,6 +44,14 @@ def _batch_rows(parquet: pq.ParquetFile) -> int:
     groups = [parquet.metadata.row_group(n) for n in range(parquet.metadata.num_row_groups)]
     largest = max((group.total_byte_size / max(1, group.num_rows) for group in groups), default=1.0)
     return max(1, min(_BATCH_ROWS, int(CHUNK_BYTES / max(1.0, largest))))
+
+
+def first_schema(listing: Listing) -> tuple[str, pa.Schema] | None:
+    """The path and schema of the first file that has a readable footer; None where no file has one."""
+    for file in listing.files:
+        with contextlib.suppress(pa.ArrowException, OSError), listing.root.open(file.path) as stream:
+            return file.path, pq.read_schema(stream)
+    return None
 
 
 def find_image_column(table_schema: pa.Schema, name: str, wanted: str | None = None) -> str:

@@ -71,7 +71,7 @@ def report_values(tally: Tally, config: Config) -> dict[str, Any]:
         "stopped": tally.stopped or None,
         "fingerprint": tally.fingerprint,
         "config": config.model_dump(mode="json"),
-        "versions": _versions(),
+        "versions": versions(),
         "machine": _machine(),
     }
 
@@ -160,7 +160,8 @@ def _labels(tally: Tally) -> dict[str, Any]:
     }
 
 
-def _versions() -> dict[str, str]:
+def versions() -> dict[str, str]:
+    """Of Python and of the packages that settle results, as far as they are installed."""
     found = {"python": platform.python_version()}
     for name in _PACKAGES:
         try:

@@ -6,17 +6,18 @@ passes through `safe`.
 
 from __future__ import annotations
 
-import json
 from typing import Any
 
 from pipeline.report_parts import (
     bar,
     clock,
+    configuration,
     count,
     name,
     pairs,
     rate,
     safe,
+    section,
     size,
     table,
     throughput,
@@ -47,17 +48,17 @@ _MEANING = {
 def report_page(values: dict[str, Any]) -> str:
     """The page of a report."""
     sections = (
-        _section("Steps", _steps(values), "one after the other, each over what is committed", kind="wide"),
-        _section("Throughput", _throughput(values), "images a second, over time", kind="wide"),
-        _section("Time by stage", _stages(values), "seconds of work, of all workers together"),
-        _section("Failed shards", _failed(values["shards"]["failed"]), "left out; tried by the next run"),
-        _section("Rejects by reason", _rejects(values)),
-        _section("Labels", _labels(values), "the most probable class of each image"),
-        _section("Largest shards", _shards(values["largest_shards"])),
-        _section("Slowest shards", _shards(values["slowest_shards"]), "from the first read to the commit"),
-        _section("Left alone", _left_alone(values)),
-        _section("Machine and versions", _machine(values)),
-        _section("Configuration", _config(values)),
+        section("Steps", _steps(values), "one after the other, each over what is committed", wide=True),
+        section("Throughput", _throughput(values), "images a second, over time", wide=True),
+        section("Time by stage", _stages(values), "seconds of work, of all workers together"),
+        section("Failed shards", _failed(values["shards"]["failed"]), "left out; tried by the next run"),
+        section("Rejects by reason", _rejects(values)),
+        section("Labels", _labels(values), "the most probable class of each image"),
+        section("Largest shards", _shards(values["largest_shards"])),
+        section("Slowest shards", _shards(values["slowest_shards"]), "from the first read to the commit"),
+        section("Left alone", _left_alone(values)),
+        section("Machine and versions", _machine(values)),
+        section("Configuration", configuration(values["config"])),
     )
     return PAGE.format(
         title=f"Run {safe(values['run'])}",
@@ -72,12 +73,6 @@ def report_page(values: dict[str, Any]) -> str:
         style=STYLE,
         script=SCRIPT,
     )
-
-
-def _section(title: str, content: str, note: str = "", *, kind: str = "") -> str:
-    """A card; nothing where it has no content."""
-    said = f"<small>{safe(note)}</small>" if note else ""
-    return f"<section class='{kind}'><h2>{safe(title)}{said}</h2>{content}</section>" if content else ""
 
 
 def _verdict(values: dict[str, Any]) -> str:
@@ -278,13 +273,3 @@ def _machine(values: dict[str, Any]) -> str:
         ("fingerprint", values["fingerprint"]),
     ]
     return pairs((safe(key), safe(value)) for key, value in rows)
-
-
-def _config(values: dict[str, Any]) -> str:
-    text = json.dumps(values["config"], indent=1, ensure_ascii=False)
-    summary = "<summary class='plain'>as it was used, secrets hidden</summary>"
-    return f"<details>{summary}<pre>{_lines(text)}</pre></details>"
-
-
-def _lines(text: str) -> str:
-    return "\n".join(safe(line) for line in text.split("\n"))

@@ -67,6 +67,21 @@ def clock(seconds: float) -> str:
     return f"{whole // 86400} d {whole % 86400 // 3600:02d} h"
 
 
+def section(title: str, content: str, note: str = "", *, wide: bool = False) -> str:
+    """A card whose content is HTML; nothing where it has none."""
+    if not content:
+        return ""
+    said = f"<small>{safe(note)}</small>" if note else ""
+    return f"<section class='{'wide' if wide else ''}'><h2>{safe(title)}{said}</h2>{content}</section>"
+
+
+def configuration(config: dict[str, Any]) -> str:
+    """A configuration, folded."""
+    lines = json.dumps(config, indent=1, ensure_ascii=False).split("\n")
+    summary = "<summary class='plain'>as it was used, secrets hidden</summary>"
+    return f"<details>{summary}<pre>{chr(10).join(map(safe, lines))}</pre></details>"
+
+
 def bar(label: str, share: float, value: str, *, kind: str = "", note: str = "") -> str:
     """One horizontal bar; `share` of the full width. Label, value and note are HTML."""
     width = 100 * max(0.0, min(1.0, share))

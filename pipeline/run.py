@@ -20,6 +20,7 @@ from ray.data import ActorPoolStrategy, TaskPoolStrategy
 from ray.data._internal.execution.streaming_executor import StreamingExecutor
 
 from pipeline.back_pressure import bound_queues
+from pipeline.cluster import DEATHS
 from pipeline.commits import DataFile
 from pipeline.decode import DecodeOptions, decode_chunk
 from pipeline.errors import PipelineError, WorkersDiedError
@@ -36,15 +37,6 @@ WAVE_BYTES = 64 * 2**20  # of shard descriptions; groups of loose images list th
 _END_S = 4.0  # for an execution to end that is left before its time
 _RETRIES = 5  # of work whose worker died; beyond that the shard is looked for that ends them
 _BATCH = {"batch_size": 1, "batch_format": "pyarrow"}  # one row is one chunk
-
-_DEATHS = (
-    ray.exceptions.WorkerCrashedError,
-    ray.exceptions.OutOfMemoryError,
-    ray.exceptions.NodeDiedError,
-    ray.exceptions.RayActorError,
-    ray.exceptions.ObjectLostError,
-    ray.exceptions.StreamingGeneratorReplayInconsistentError,
-)
 
 Files = tuple[DataFile, DataFile | None, dict[str, int]]
 """A shard's file of embeddings, its file of rejects, and the rejects by reason."""
@@ -259,7 +251,7 @@ def _translated() -> Iterator[None]:
     """What a task raised, as the driver's error: ours as it is, storage's with the remedy."""
     try:
         yield
-    except _DEATHS as error:
+    except DEATHS as error:
         if getattr(error, "actor_init_failed", False):  # a bug of ours, or an installation's
             raise
         raise WorkersDiedError(_RETRIES + 1, " ".join(str(error).split())[:200]) from error

@@ -13,10 +13,8 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from pipeline.finetune.augment import Augmentation
-from pipeline.finetune.batches import Loader, Order, unpack
 from pipeline.finetune.config import FinetuneConfig
-from pipeline.finetune.job import make_job
+from pipeline.finetune.job import choose_precision, make_job
 from pipeline.finetune.network import find_start
 from pipeline.finetune.sources import list_sources, prepare
 from pipeline.finetune.together import Share
@@ -57,7 +55,7 @@ def small_job(config: FinetuneConfig) -> Job:
     output, start = Storage(config.output.uri), find_start(config.model)
     sources = list_sources(config, start.processor, output)
     found = prepare(sources, output, in_this_process, config, lambda done, total: None)
-    return make_job(config, start, sources, found, output, on_gpu=False)
+    return make_job(config, start, sources, found, output, choose_precision(config, on_gpu=False))
 
 
 def train(
@@ -66,11 +64,8 @@ def train(
     """Train from the newest state on, to the end or until `command` stops it."""
     share = share or Share(0, 1)
     training = Training(job, share, torch.device("cpu"))
-    train_config = job.config.train
-    augment = Augmentation(job.config.augment, job.start.processor, 10**7)
-    order = Order(len(job.train), train_config.batch_size, train_config.seed)
-    loader = Loader(job.train, augment, order, share)
-    batches = (unpack(loader.load(step, size)) for step, size in training.steps())
+    loader = job.loader(share)
+    batches = (loader.load(step, size) for step, size in training.steps())
     training.run(batches, command or (lambda _: "go"))
     return training
 

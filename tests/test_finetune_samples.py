@@ -48,7 +48,7 @@ def prepared(config):
     sources = list_sources(config, PROCESSOR, output)
     found = prepare(sources, output, in_this_process, config, lambda done, total: None)
     stems = stems_of(sources, found)
-    parts = [open_samples(output, stems, part, found.classes) for part in ("train", "validation")]
+    parts = open_samples(output, stems, found.classes).values()
     return found, *parts
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 import subprocess
 import sys
@@ -12,9 +13,13 @@ from types import SimpleNamespace
 import pytest
 import torch
 import yaml
+from ray.exceptions import RayActorError
+from ray.train import WorkerGroupError
+from ray.train.v2._internal.exceptions import WorkerHealthCheckFailedError
 
 from cvt_model.checkpoint import resolve_checkpoint
-from pipeline.errors import ConfigError, OutputError
+from pipeline.errors import ConfigError, OutputError, StorageError, WorkersDiedError
+from pipeline.finetune.fit import in_words
 from pipeline.finetune.job import check_batch, place_workers
 from pipeline.finetune.network import find_start
 from pipeline.finetune.results import write_results
@@ -142,6 +147,17 @@ def test_another_training_s_state_is_refused(undisturbed, images):
         train(other)
 
 
+def test_images_that_are_only_copied_anew_are_the_same_training(undisturbed, images, tmp_path):
+    job, _ = undisturbed
+    shutil.copytree(images, tmp_path / "in")
+    files = sorted((tmp_path / "in").rglob("*.*"))
+    for number, file in enumerate(files):
+        os.utime(file, (1e9 + number, 1e9 + number))
+    assert small_job(small_config(tmp_path / "in", tmp_path / "out")).digest == job.digest
+    files[0].write_bytes(files[-1].read_bytes())
+    assert small_job(small_config(tmp_path / "in", tmp_path / "other")).digest != job.digest
+
+
 def test_best_and_last_are_kept_as_checkpoints_with_the_classes(undisturbed):
     job, training = undisturbed
     metrics = write_results(job, Found(list(job.classes)), "asked")
@@ -173,9 +189,11 @@ def test_a_frozen_backbone_stays_as_it_was_and_parts_of_a_batch_are_one_batch(im
 
 def test_it_ends_early_where_nothing_gets_better(images, tmp_path):
     section = {"epochs": 40, "learning_rate": 1e-9, "early_stop_epochs": 2}
-    training = train(small_job(small_config(images, tmp_path / "out", train=section)))
+    job = small_job(small_config(images, tmp_path / "out", train=section))
+    training = train(job)
     assert training.progress.finished
     assert len(training.progress.history) <= 6
+    assert train(job).progress.step == training.progress.step, "and stays as it ended"
 
 
 def test_smaller_images_come_first(images, tmp_path):
@@ -257,6 +275,21 @@ def test_more_gpus_than_there_are_cannot_be_had(images, tmp_path, gpus, compute,
     config = small_config(images, tmp_path / "out", compute=compute)
     with pytest.raises(ConfigError, match=message):
         place_workers(config, SimpleNamespace(num_gpus=gpus, cores=8))
+
+
+@pytest.mark.parametrize(
+    ("cause", "kind", "message"),
+    [
+        (StorageError("the disk is full"), StorageError, "the disk is full"),
+        (torch.OutOfMemoryError("CUDA out of memory"), ConfigError, "train.accumulate: 16 images"),
+        (WorkerHealthCheckFailedError("rank 0", RayActorError()), WorkersDiedError, "workers died 4 times"),
+        (ZeroDivisionError("a bug"), WorkerGroupError, "a bug"),
+    ],
+)
+def test_what_ends_the_workers_is_told_in_words(undisturbed, cause, kind, message):
+    error = in_words(WorkerGroupError(f"rank 0: {cause}", {0: cause}), undisturbed[0])
+    assert type(error) is kind
+    assert message in str(error)
 
 
 def test_float16_needs_a_gpu(images, tmp_path):

@@ -180,12 +180,6 @@ class FinetuneConfig(Section):
         default_factory=dict, description="options of the file systems of input and output, as fsspec's are"
     )
 
-    @property
-    def input_options(self) -> dict[str, Any]:
-        """Storage options of the input."""
-        return {**self.storage_options, **self.input.storage_options}
-
-    @property
-    def output_options(self) -> dict[str, Any]:
-        """Storage options of the output."""
-        return {**self.storage_options, **self.output.storage_options}
+    def options_of(self, place: Source | Destination) -> dict[str, Any]:
+        """Storage options of the input, the validation's source or the output."""
+        return {**self.storage_options, **place.storage_options}

@@ -2,61 +2,25 @@
 
 from __future__ import annotations
 
-import logging
-import time
-from types import TracebackType
-from typing import Any, Self
+from typing import Any
 
 from rich.console import Console
 from rich.markup import escape
-from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
 from pipeline.finetune.job import Trained
-from pipeline.progress import LOG_EVERY_S, format_duration
-
-logger = logging.getLogger(__name__)
+from pipeline.progress import Display, Picture, format_duration
 
 
-class TrainingDisplay:
-    """Shows what a training tells; call it as often as you like. A context manager, which ends the bar."""
+def training_display(console: Console) -> Display[dict[str, Any]]:
+    """Shows what a training tells."""
 
-    def __init__(self, console: Console) -> None:
-        self._last_log = time.monotonic()
-        self._bar: Progress | None = None
-        if console.is_terminal:
-            self._bar = Progress(
-                SpinnerColumn(),
-                BarColumn(bar_width=None),
-                TextColumn("{task.description}"),
-                TimeElapsedColumn(),
-                console=console,
-                transient=True,
-            )
-            self._task = self._bar.add_task("starting Ray", total=None)
+    def picture(values: dict[str, Any]) -> Picture:
+        done, total = ("step", "total_steps")
+        if values["phase"] == "preparing":
+            done, total = ("shards", "total_shards")
+        return Picture(describe(values), values[done], values[total], values)
 
-    def __enter__(self) -> Self:
-        if self._bar:
-            self._bar.start()
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        if self._bar:
-            self._bar.stop()
-
-    def __call__(self, values: dict[str, Any]) -> None:
-        preparing = values["phase"] == "preparing"
-        done, total = (
-            (values["shards"], values["total_shards"])
-            if preparing
-            else (values["step"], values["total_steps"])
-        )
-        if self._bar:
-            self._bar.update(self._task, total=total, completed=done, description=describe(values))
-        elif time.monotonic() - self._last_log >= LOG_EVERY_S:
-            self._last_log = time.monotonic()
-            logger.info("%s", describe(values), extra={"values": values})
+    return Display(console, "starting Ray", picture)
 
 
 def describe(values: dict[str, Any]) -> str:

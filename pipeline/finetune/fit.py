@@ -11,7 +11,7 @@ import logging
 import tempfile
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,9 +21,9 @@ import torch
 import torch.distributed as dist
 from ray.train.torch import TorchTrainer, get_device
 
-from pipeline.errors import PipelineError
-from pipeline.finetune.augment import Augmentation
-from pipeline.finetune.batches import Loader, Order, stream
+from pipeline.cluster import DEATHS
+from pipeline.errors import ConfigError, PipelineError, WorkersDiedError
+from pipeline.finetune.batches import between_steps, stream
 from pipeline.finetune.together import Share
 from pipeline.finetune.training import Command, Job, Training
 from pipeline.stop import Stop
@@ -96,7 +96,7 @@ def fit(job: Job, placement: Placement, stop: Stop, on_told: Callable[[dict[str,
                 break
     stop.check()
     for error in failures:
-        raise _translated(error)
+        raise in_words(error, job) from error
     on_told(ray.get(board.read.remote()))
 
 
@@ -107,15 +107,34 @@ def _fit(trainer: TorchTrainer, failures: list[BaseException]) -> None:
         failures.append(error)
 
 
-def _translated(error: BaseException) -> BaseException:
-    """Ours as it was raised in the worker, else what Ray says."""
-    causes = list(getattr(error, "worker_failures", {}).values())
-    while causes:
-        cause = causes.pop()
+def in_words(error: BaseException, job: Job) -> BaseException:
+    """Ours as it was raised in the worker; deaths and want of memory in words; else what Ray says."""
+    causes = list(_causes(error))
+    for cause in causes:
         if isinstance(cause, PipelineError):
             return cause
-        causes += [it for it in (getattr(cause, "cause", None), cause.__cause__) if it is not None]
+        if isinstance(cause, torch.OutOfMemoryError):
+            train = job.config.train
+            return ConfigError(
+                f"train.accumulate: {train.batch_size} images in parts of 1/{train.accumulate} do not fit "
+                f"into the GPU's memory; choose more parts, which changes no result ({cause})"
+            )
+    deaths = [cause for cause in causes if isinstance(cause, DEATHS)]
+    if deaths:
+        reason = " ".join(str(deaths[0]).split())[:200]
+        return WorkersDiedError(job.config.compute.max_failures + 1, reason)
     return error
+
+
+def _causes(error: BaseException) -> Iterator[BaseException]:
+    """An error of Ray Train's, and all that it wraps."""
+    yield error
+    names = ("controller_failure", "health_check_failure", "cause", "__cause__")
+    wrapped = [getattr(error, name, None) for name in names]
+    wrapped += getattr(error, "worker_failures", {}).values()
+    for cause in wrapped:
+        if isinstance(cause, BaseException):
+            yield from _causes(cause)
 
 
 def _work(settings: dict[str, Any]) -> None:
@@ -125,9 +144,11 @@ def _work(settings: dict[str, Any]) -> None:
     share = Share(context.get_world_rank(), context.get_world_size())
     torch.set_num_threads(placement.num_threads)
     training = Training(job, share, get_device() if placement.on_gpu else torch.device("cpu"))
-    augment = Augmentation(job.config.augment, job.start.processor, job.config.limits.max_pixels)
-    order = Order(len(job.train), job.config.train.batch_size, job.config.train.seed)
-    batches = stream(Loader(job.train, augment, order, share), training.steps(), placement.cores)
+    loader, steps = job.loader(share), training.steps()
+    if placement.on_gpu:
+        batches = stream(loader, steps, placement.cores)
+    else:
+        batches = between_steps(loader, steps, placement.num_threads)
     with contextlib.closing(batches):
         training.run(batches, _Orders(job, share, board))
 

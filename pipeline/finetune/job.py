@@ -13,7 +13,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from cvt_model.choices import resolve_precision
+from cvt_model.choices import Precision, resolve_precision
 from pipeline.errors import ConfigError
 from pipeline.finetune.config import FinetuneConfig
 from pipeline.finetune.metrics import read_metrics
@@ -57,7 +57,7 @@ def finetune(
 
     Raises PipelineError for everything that a user can mend, Interrupted where a signal came first.
     """
-    output = Storage(config.output.uri, config.output_options)
+    output = Storage(config.output.uri, config.options_of(config.output))
     start = find_start(config.model)
     output.check_reachable()
     sources = list_sources(config, start.processor, output)
@@ -82,10 +82,11 @@ def finetune(
             lease.still_held()
             on_progress({"phase": "preparing", "shards": number, "total_shards": total})
 
-        found = prepare(sources, output, cluster.tasks(cluster.cores, "preparing images"), config, prepared)
         placement = place_workers(config, cluster)
-        job = make_job(config, start, sources, found, output, on_gpu=placement.on_gpu)
         check_batch(config, placement.num_workers)
+        precision = choose_precision(config, on_gpu=placement.on_gpu)
+        found = prepare(sources, output, cluster.tasks(cluster.cores, "preparing images"), config, prepared)
+        job = make_job(config, start, sources, found, output, precision)
 
         def told(values: dict[str, Any]) -> None:
             lease.still_held()
@@ -136,24 +137,30 @@ def check_batch(config: FinetuneConfig, num_workers: int) -> None:
         )
 
 
+def choose_precision(config: FinetuneConfig, *, on_gpu: bool) -> Precision:
+    """What the products are computed in. Raises ConfigError for what the device does not train in."""
+    precision = resolve_precision(config.model.precision, on_gpu=on_gpu)
+    if precision == "float16" and not on_gpu:
+        raise ConfigError("model.precision: float16 trains on GPUs only; choose float32 or bfloat16")
+    return precision
+
+
 def make_job(
     config: FinetuneConfig,
     start: Start,
     sources: list[LabelledShards],
     found: Found,
     output: Storage,
-    *,
-    on_gpu: bool,
+    precision: Precision,
 ) -> Job:
+    """The training of what was found, its images prepared."""
     from pipeline.finetune.training import Job
 
     classes = start.classes(found.classes)
-    stems = stems_of(sources, found)
-    train, validation = (open_samples(output, stems, part, classes) for part in ("train", "validation"))
-    precision = resolve_precision(config.model.precision, on_gpu=on_gpu)
-    if precision == "float16" and not on_gpu:
-        raise ConfigError("model.precision: float16 trains on GPUs only; choose float32 or bfloat16")
-    digest = _digest([stems, classes, len(train), *_recipe(config, start), precision])
+    samples = open_samples(output, stems_of(sources, found), classes)
+    train, validation = samples["train"], samples["validation"]
+    images = train.digest, validation.digest
+    digest = _digest([images, classes, *_recipe(config, start), precision])
     return Job(config, start, classes, train, validation, output, precision, digest)
 
 

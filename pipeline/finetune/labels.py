@@ -11,11 +11,11 @@ from dataclasses import dataclass
 from typing import Any
 
 import pyarrow as pa
-import pyarrow.parquet as pq
 
 from pipeline import schema
 from pipeline.errors import ConfigError, InputError
 from pipeline.manifest import Manifest
+from pipeline.read_parquet import first_schema
 from pipeline.shards import Listing
 
 DEFAULT_COLUMN, DEFAULT_EXTENSION = "label", "cls"
@@ -62,7 +62,12 @@ def find_rule(listing: Listing, column: str | None, manifest: Manifest | None, s
                 f"{section}.label_column: of a WebDataset it is one of {', '.join(EXTENSIONS)}"
             )
         return LabelRule(pa.field(extension, pa.string()))
-    columns = manifest.metadata_schema if manifest is not None else _parquet_schema(listing)
+    if manifest is not None:
+        columns = manifest.metadata_schema
+    elif (first := first_schema(listing)) is not None:
+        _, columns = first
+    else:
+        raise InputError(f"{listing.root.uri}: none of its Parquet files can be read")
     name = column or DEFAULT_COLUMN
     if name not in columns.names:
         raise ConfigError(
@@ -79,17 +84,6 @@ def find_rule(listing: Listing, column: str | None, manifest: Manifest | None, s
         )
     names = _class_names(columns, name) if pa.types.is_integer(kind) else ()
     return LabelRule(pa.field(name, kind), names)
-
-
-def _parquet_schema(listing: Listing) -> pa.Schema:
-    """The schema of the first file that has a readable footer."""
-    for file in listing.files:
-        try:
-            with listing.root.open(file.path) as stream:
-                return pq.read_schema(stream)
-        except (pa.ArrowException, OSError):
-            continue
-    raise InputError(f"{listing.root.uri}: none of its Parquet files can be read")
 
 
 def _class_names(columns: pa.Schema, name: str) -> tuple[str, ...]:

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import json
 from typing import Any
 
-from pipeline.quality_page import calibration_bars, class_table, confusion_matrix, curves, page, section
-from pipeline.report_parts import clock, count, pairs, rate, safe
+from pipeline.quality_page import calibration_bars, class_table, confusion_matrix, curves, page
+from pipeline.report_parts import clock, configuration, count, pairs, rate, safe, section
 
 
 def training_page(metrics: dict[str, Any]) -> str:
@@ -45,7 +44,7 @@ def training_page(metrics: dict[str, Any]) -> str:
             "is it right as often as it is sure?",
         ),
         section("Network and data", _facts(metrics)),
-        section("Configuration", _config(metrics["config"])),
+        section("Configuration", configuration(metrics["config"])),
     )
     speed = rate(sum(column("images_per_s")) / max(1, len(history)))
     tiles = (
@@ -78,9 +77,3 @@ def _facts(metrics: dict[str, Any]) -> str:
         *metrics["versions"].items(),
     ]
     return pairs((safe(key), safe(value)) for key, value in rows)
-
-
-def _config(config: dict[str, Any]) -> str:
-    lines = json.dumps(config, indent=1, ensure_ascii=False).split("\n")
-    summary = "<summary class='plain'>as it was used, secrets hidden</summary>"
-    return f"<details>{summary}<pre>{'<br>'.join(map(safe, lines))}</pre></details>"

@@ -9,7 +9,6 @@ from __future__ import annotations
 import json
 import tempfile
 import time
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +24,7 @@ from pipeline.finetune.state import Progress, Tensors, read_best, read_state, wi
 from pipeline.finetune.training import Job
 from pipeline.progress import iso_time
 from pipeline.quality import calibration, confusion, per_class
+from pipeline.report import versions
 from pipeline.storage import Storage
 
 PAGE, CARD = "training.html", "README.md"
@@ -39,21 +39,26 @@ def write_results(job: Job, found: Found, asked: str) -> dict[str, Any]:
     facts, best = read_best(job.output)
     averaged = without_prefix("average/", tensors) or without_prefix("model/", tensors)
     _write_model(job, averaged, "last/")
-    _write_model(job, without_prefix("model/", best), "")
-    metrics = {**_metrics(job, found, progress, facts, without_prefix("said/", best)), "asked": asked}
+    num_parameters = _write_model(job, without_prefix("model/", best), "")
+    metrics = {
+        **_metrics(job, found, progress, facts, without_prefix("said/", best)),
+        "parameters": num_parameters,
+        "asked": asked,
+    }
     job.output.write_bytes(CARD, model_card(metrics).encode())
     job.output.write_bytes(PAGE, training_page(metrics).encode())
     job.output.write_bytes(METRICS, (json.dumps(metrics, indent=1) + "\n").encode())
     return metrics
 
 
-def _write_model(job: Job, state: Tensors, folder: str) -> None:
-    """The network with these weights in the Hub's layout; each file appears whole."""
+def _write_model(job: Job, state: Tensors, folder: str) -> int:
+    """The network with these weights in the Hub's layout; each file appears whole. Its parameters."""
     model = CvtForImageClassification(with_classes(job.start.config, job.classes))
     model.load_state_dict(state)
     with tempfile.TemporaryDirectory(prefix="cvt-pipeline-") as local:
         for path in save_checkpoint(local, model, job.start.processor):
             _upload(job.output, path, folder + path.name)
+    return sum(parameter.numel() for parameter in model.parameters())
 
 
 def _upload(output: Storage, local: Path, path: str) -> None:
@@ -90,8 +95,7 @@ def _metrics(
         "history": progress.history,
         "precision": job.precision,
         "pixels": job.start.pixels,
-        "parameters": sum(p.numel() for p in job.start.build(job.classes, 0).parameters()),
         "from": config.model.checkpoint or None,
         "config": config.model_dump(mode="json"),
-        "versions": {name: version(name) for name in ("cvt-pipeline", "torch", "ray")},
+        "versions": versions(),
     }

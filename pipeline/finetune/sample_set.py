@@ -5,6 +5,7 @@ Enters: the shards' indexes. Leaves: the bytes of any sample. Pickles small, the
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -16,7 +17,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from pipeline.errors import SearchError, StorageError
-from pipeline.finetune.samples import Part, read_index
+from pipeline.finetune.samples import PARTS, Part, read_index
 from pipeline.index.files import FileRef, fetch
 from pipeline.storage import Storage
 
@@ -76,6 +77,14 @@ class SampleSet:
     numbers: npt.NDArray[np.int64]
     labels: Labels
 
+    @property
+    def digest(self) -> str:
+        """Of the images and labels themselves: not of where they came from, nor when."""
+        content = hashlib.sha256("".join(file.sha256 for file in self.files.files).encode())
+        content.update(self.numbers.tobytes())
+        content.update(self.labels.tobytes())
+        return content.hexdigest()
+
     def __len__(self) -> int:
         return len(self.numbers)
 
@@ -84,22 +93,23 @@ class SampleSet:
         return self.files[int(self.numbers[number])]
 
 
-def open_samples(output: Storage, stems: Sequence[str], part: Part, classes: Sequence[str]) -> SampleSet:
-    """One part of the samples of these shards, in their order, without those of other classes."""
+def open_samples(output: Storage, stems: Sequence[str], classes: Sequence[str]) -> dict[Part, SampleSet]:
+    """The parts of the samples of these shards, in their order, without those of other classes."""
     ids = {name: number for number, name in enumerate(classes)}
-    files: list[FileRef] = []
-    begins: list[int] = []
-    labels: list[Labels] = []
-    total = 0
+    files: dict[Part, list[FileRef]] = {part: [] for part in PARTS}
+    labels: dict[Part, list[Labels]] = {part: [] for part in PARTS}
     for stem in stems:
         table, facts = read_index(output, stem)
-        if part not in facts.files:
-            continue
-        chosen = table.filter(pc.equal(table.column("part"), part)).column("label")
-        files.append(facts.files[part])
-        begins.append(total)
-        labels.append(np.array([ids.get(name, NO_CLASS) for name in chosen.to_pylist()], np.int32))
-        total += len(chosen)
-    every = np.concatenate(labels) if labels else np.empty(0, np.int32)
+        for part in PARTS:
+            if part in facts.files:
+                names = table.filter(pc.equal(table.column("part"), part)).column("label").to_pylist()
+                files[part].append(facts.files[part])
+                labels[part].append(np.array([ids.get(name, NO_CLASS) for name in names], np.int32))
+    return {part: _sample_set(output, files[part], labels[part]) for part in PARTS}
+
+
+def _sample_set(output: Storage, files: list[FileRef], labels: list[Labels]) -> SampleSet:
+    every = np.concatenate([np.empty(0, np.int32), *labels])
+    begins = np.cumsum([0, *map(len, labels)])[:-1].tolist()
     numbers = np.flatnonzero(every != NO_CLASS)
     return SampleSet(Files(output, tuple(files), tuple(begins)), numbers, every[numbers])

@@ -11,21 +11,28 @@ import time
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any
 
 from cvt_model.image_processor import CvtImageProcessor
 from pipeline.commits import CommitLog
 from pipeline.decoder import DecodeOptions
 from pipeline.errors import InputError, LimitError
-from pipeline.finetune.config import FinetuneConfig
+from pipeline.finetune.config import FinetuneConfig, LabelledSource, ValidationConfig
 from pipeline.finetune.labels import find_rule
-from pipeline.finetune.samples import PARTS, Preparation, index_path, prepare_shard, read_index
+from pipeline.finetune.samples import (
+    FOLDER,
+    PARTS,
+    Part,
+    Preparation,
+    index_path,
+    prepare_shard,
+    read_index,
+)
 from pipeline.index.tasks import Runner
 from pipeline.manifest import Manifest
-from pipeline.plan import Rules, plan_files, plan_members
+from pipeline.plan import Rules, plan_input
 from pipeline.quality import class_order
 from pipeline.samples import ReadOptions
-from pipeline.shards import Member, Work, list_input
+from pipeline.shards import Work, list_input
 from pipeline.storage import Storage, split_glob
 
 CHUNK_IMAGES = 256
@@ -66,13 +73,13 @@ def list_sources(
 
 def _list(
     config: FinetuneConfig,
-    source: Any,
+    source: LabelledSource | ValidationConfig,
     section: str,
     fraction: float,
     processor: CvtImageProcessor,
     output: Storage,
 ) -> LabelledShards:
-    options = {**config.storage_options, **source.storage_options}
+    options = config.options_of(source)
     Storage(split_glob(source.uri)[0], options).check_reachable()
     listing = list_input(source, output, options)
     manifest = Manifest(listing, source.image_column) if listing.format == "manifest" else None
@@ -89,16 +96,7 @@ def _list(
     decode = DecodeOptions(limits.max_pixels, limits.image_timeout_s)
     preparation = Preparation(rule, processor, read, decode, fraction)
     rules = Rules(time.time(), ignore=source.ignore_shards, group_size=config.compute.shard_images)
-    log = CommitLog(output)
-    if listing.format in ("images", "manifest"):
-        members = (
-            manifest.members(list(rule.metadata))
-            if manifest
-            else [Member(file.path, file.size, file.version) for file in listing.files]
-        )
-        plan = plan_members(listing, members, log, preparation.digest, rules)
-    else:
-        plan = plan_files(listing, log, preparation.digest, rules)
+    plan = plan_input(listing, manifest, rule.metadata, CommitLog(output), preparation.digest, rules)
     return LabelledShards(plan.work, preparation, manifest)
 
 
@@ -113,7 +111,7 @@ def prepare(
 
     Raises LimitError for too many rejects, InputError where nothing is left to learn from.
     """
-    done = {file.path for file in output.find("samples")}
+    done = {file.path for file in output.find(FOLDER)}
     todo = [
         (source, work) for source in sources for work in source.work if index_path(work.stem) not in done
     ]
@@ -164,7 +162,7 @@ def _sum_up(
     return Found(class_order(set(counts["train"])), rejects, failed)
 
 
-def _check(counts: dict[Any, Counter[str]]) -> None:
+def _check(counts: dict[Part, Counter[str]]) -> None:
     train, validation = counts["train"], counts["validation"]
     if not train:
         raise InputError("input: no image has a label; see input.label_column")

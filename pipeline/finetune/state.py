@@ -13,9 +13,9 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
+from cvt_model.save import write_weights
 from pipeline.errors import OutputError
 from pipeline.storage import Storage
 
@@ -129,10 +129,7 @@ def _states(output: Storage) -> list[str]:
 def _write(output: Storage, path: str, facts: str, tensors: Tensors) -> None:
     tensors = {name: value.detach().cpu().contiguous() for name, value in tensors.items()}
     with output.replacing(path) as local:
-        try:
-            save_file(tensors, local, metadata={_FACTS: facts})
-        except SafetensorError as error:
-            raise OSError(f"{local} cannot be written: {error}") from error
+        write_weights(local, tensors, {_FACTS: facts})
 
 
 def _read(output: Storage, path: str) -> tuple[str, Tensors]:

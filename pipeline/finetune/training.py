@@ -18,7 +18,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from pipeline.finetune.batches import Batch
+from pipeline.finetune.augment import Augmentation
+from pipeline.finetune.batches import Batch, Loader, Order
 from pipeline.finetune.config import FinetuneConfig
 from pipeline.finetune.judge import Judge
 from pipeline.finetune.network import Start
@@ -75,6 +76,13 @@ class Job:
         smaller = (size for until, size in self.config.augment.sizes if share < until)
         return next(smaller, self.start.pixels)
 
+    def loader(self, share: Share) -> Loader:
+        """What loads a worker's shares of the steps' images."""
+        config = self.config
+        augment = Augmentation(config.augment, self.start.processor, config.limits.max_pixels)
+        order = Order(len(self.train), config.train.batch_size, config.train.seed)
+        return Loader(self.train, augment, order, share)
+
     def epochs_after(self, steps: int) -> float:
         return steps * self.config.train.batch_size / len(self.train)
 
@@ -110,9 +118,8 @@ class Training:
 
     def steps(self) -> Iterator[tuple[int, int]]:
         """What is left to do: steps, with the size of their images."""
-        return (
-            (n, self._job.size_of(n)) for n in range(self.progress.step, self._job.schedule.total_steps)
-        )
+        end = 0 if self.progress.finished else self._job.schedule.total_steps  # it may have ended early
+        return ((n, self._job.size_of(n)) for n in range(self.progress.step, end))
 
     def run(self, batches: Iterator[Batch], command: Callable[[Training], Command]) -> None:
         """Train on these batches to the end; `command` is asked after each step, and saves or stops it."""
