@@ -23,6 +23,7 @@ from cvt_model.checkpoint import resolve_checkpoint
 from cvt_model.config import CvtConfig
 from cvt_model.image_processor import CvtImageProcessor
 from cvt_model.layers import (
+    DepthwiseConv2d,
     DropPath,
     QuickGELU,
     attend,
@@ -279,9 +280,7 @@ def map_projection(method: str, width: int, kernel_size: int, stride: int, paddi
         return nn.Identity()
     if method == "avg":
         return nn.AvgPool2d(kernel_size, stride, padding, ceil_mode=True)
-    convolution = nn.Conv2d(
-        width, width, kernel_size, stride=stride, padding=padding, groups=width, bias=False
-    )
+    convolution = DepthwiseConv2d(width, kernel_size, stride, padding)
     normalization = nn.BatchNorm2d(width)
     return named(convolution_projection=named(convolution=convolution, normalization=normalization))
 

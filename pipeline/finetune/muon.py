@@ -2,7 +2,7 @@
 
 Enters: the network's matrices and convolutions, with gradients. Leaves: the same, a step further. After
 Keller Jordan's publication (kellerjordan.github.io/posts/muon). torch.optim.Muon takes no convolutions, and
-computes in bfloat16, which takes twenty times as long on processors that have none.
+always computes in bfloat16, which takes twenty times as long on processors that have none.
 """
 
 from __future__ import annotations
@@ -18,12 +18,21 @@ ITERATIONS = 5
 
 
 class Muon(torch.optim.Optimizer):
-    """For parameters of two dimensions and more, which are seen as matrices (out, all else)."""
+    """For parameters of two dimensions and more, which are seen as matrices (out, all else).
+
+    `dtype` is what matrices are made orthogonal in; momentum and parameters keep their own.
+    """
 
     def __init__(
-        self, params: Iterable[nn.Parameter], lr: float, weight_decay: float, momentum: float = 0.95
+        self,
+        params: Iterable[nn.Parameter],
+        lr: float,
+        weight_decay: float,
+        momentum: float = 0.95,
+        dtype: torch.dtype = torch.float32,
     ) -> None:
         super().__init__(params, {"lr": lr, "weight_decay": weight_decay, "momentum": momentum})
+        self._dtype = dtype
 
     @torch.no_grad()
     def step(self, closure: Any = None) -> None:  # type: ignore[override]
@@ -37,7 +46,8 @@ class Muon(torch.optim.Optimizer):
                 if not state:
                     state["momentum"] = torch.zeros_like(parameter)
                 remembered = state["momentum"].lerp_(parameter.grad, 1 - momentum)
-                update = orthogonal(parameter.grad.lerp(remembered, momentum).flatten(1))
+                looked_ahead = parameter.grad.lerp(remembered, momentum).flatten(1)
+                update = orthogonal(looked_ahead.to(self._dtype)).to(parameter.dtype)
                 rows, columns = update.shape
                 parameter.mul_(1 - rate * group["weight_decay"])
                 parameter.add_(update.view_as(parameter), alpha=-rate * max(1.0, rows / columns) ** 0.5)

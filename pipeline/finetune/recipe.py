@@ -45,11 +45,13 @@ class Schedule:
         return self.floor + (self.peak - self.floor) * (1 + math.cos(math.pi * share)) / 2
 
 
-def make_optimizers(model: nn.Module, train: TrainConfig) -> dict[str, torch.optim.Optimizer]:
+def make_optimizers(
+    model: nn.Module, train: TrainConfig, dtype: torch.dtype = torch.float32
+) -> dict[str, torch.optim.Optimizer]:
     """The optimizers by name, over what learns; norms, biases and CLS tokens do not decay.
 
     Muon, where it is asked for, takes the matrices and the convolutions, without the classifier (which ends
-    in classes, not in features) and the depth-wise convolutions (which are no matrices).
+    in classes, not in features) and the depth-wise convolutions (which are no matrices); it computes in `dtype`.
     """
     orthogonal: list[nn.Parameter] = []
     decaying: list[nn.Parameter] = []
@@ -71,7 +73,7 @@ def make_optimizers(model: nn.Module, train: TrainConfig) -> dict[str, torch.opt
         "adamw": torch.optim.AdamW(groups, lr=train.learning_rate, betas=train.betas, fused=True)
     }
     if orthogonal:
-        optimizers["muon"] = Muon(orthogonal, train.muon_learning_rate, train.weight_decay)
+        optimizers["muon"] = Muon(orthogonal, train.muon_learning_rate, train.weight_decay, dtype=dtype)
     return optimizers
 
 

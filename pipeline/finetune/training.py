@@ -100,7 +100,9 @@ class Training:
             share_statistics(model)
         self.model = model.to(device)
         self._chances = Chances(self.model, self._config.seed)
-        self._optimizers = make_optimizers(self.model, self._config)
+        self._optimizers = make_optimizers(
+            self.model, self._config, torch.bfloat16 if job.precision == "bfloat16" else torch.float32
+        )
         self._average = Average(self.model, self._config.ema_decay) if self._config.ema_decay else None
         self._scaler = torch.amp.GradScaler(device.type, enabled=job.precision == "float16")
         self.progress = Progress(job.digest)
