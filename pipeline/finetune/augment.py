@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from functools import lru_cache
 
 import numpy as np
 import numpy.typing as npt
@@ -37,22 +38,24 @@ class Augmentation:
 
         Raises ImageError for what is no image.
         """
-        image = self._cropped(open_image(bytes(data), self.max_pixels).image_rgb, size, rng)
-        if rng.random() < self.config.flip:
-            image = image.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
-        if self.config.policy == "randaugment":
-            config = self.config
-            image = randaugment(image, rng, config.num_ops, config.magnitude, config.magnitude_std)
-        elif self.config.policy == "trivialaugment":
-            image = trivialaugment(image, rng)
-        pixels = np.asarray(image)
-        return erase(pixels, rng) if rng.random() < self.config.erasing else pixels
+        config = self.config
+        pixels = self._cropped(open_image(bytes(data), self.max_pixels).image_rgb, size, rng)
+        if rng.random() < config.flip:
+            pixels = pixels[:, ::-1]
+        if config.policy == "randaugment":
+            image = Image.fromarray(pixels)
+            pixels = np.asarray(
+                randaugment(image, rng, config.num_ops, config.magnitude, config.magnitude_std)
+            )
+        elif config.policy == "trivialaugment":
+            pixels = np.asarray(trivialaugment(Image.fromarray(pixels), rng))
+        return erase(pixels, rng) if rng.random() < config.erasing else pixels
 
-    def _cropped(self, image: Image.Image, size: int, rng: Rng) -> Image.Image:
+    def _cropped(self, image: Image.Image, size: int, rng: Rng) -> Pixels:
         if self.config.crop == "random_resized":
             box = random_box(image.size, self.config.scale, self.config.ratio, rng)
-            return image.resize((size, size), self.processor.resample, box)
-        whole = Image.fromarray(sized(self.processor, size).to_pixels(image))
+            return np.asarray(image.resize((size, size), self.processor.resample, box))
+        whole = sized(self.processor, size).to_pixels(image)
         if self.config.crop == "none":
             return whole
         return shift(whole, round(self.config.padding * size / pixels_of(self.processor)), rng)
@@ -65,6 +68,7 @@ def pixels_of(processor: CvtImageProcessor) -> int:
     return processor.output_size[0]
 
 
+@lru_cache(maxsize=16)
 def sized(processor: CvtImageProcessor, size: int) -> CvtImageProcessor:
     """The processor for another size, that keeps the same part of an image."""
     scale = size / pixels_of(processor)
@@ -95,15 +99,16 @@ def random_box(
     return left, top, left + w, top + h
 
 
-def shift(image: Image.Image, padding: int, rng: Rng) -> Image.Image:
+def shift(pixels: Pixels, padding: int, rng: Rng) -> Pixels:
     """Moved by up to `padding` pixels each way; what comes in is the image's mirror."""
     if not padding:
-        return image
+        return pixels
+    height, width, _ = pixels.shape
     down, right = rng.integers(-padding, padding, endpoint=True, size=2)
-    rows, columns = mirrored(image.height, int(down)), mirrored(image.width, int(right))
-    return Image.fromarray(np.asarray(image)[rows[:, None], columns])
+    return pixels[mirrored(height, int(down))[:, None], mirrored(width, int(right))]
 
 
+@lru_cache(maxsize=1024)
 def mirrored(length: int, moved: int) -> npt.NDArray[np.int64]:
     """The places of an axis from `moved` on, those beyond its ends mirrored."""
     places = np.arange(moved, moved + length)
