@@ -8,7 +8,7 @@ from torch import nn
 
 from cvt_model.model import CvtForImageClassification, CvtModel, SelfAttention
 
-SELF_LOGIT = 4.0
+SELF_LOGIT = 1.5
 
 
 @torch.no_grad()

@@ -51,7 +51,7 @@ def make_optimizers(
     """The optimizers by name, over what learns; norms, biases and CLS tokens do not decay.
 
     Muon, where it is asked for, takes the matrices and the convolutions, without the classifier (which ends
-    in classes, not in features) and the depth-wise convolutions (which are no matrices); it computes in `dtype`.
+    in classes, not in features) and the depth-wise convolutions (which are no matrices), and computes in `dtype`.
     """
     orthogonal: list[nn.Parameter] = []
     decaying: list[nn.Parameter] = []
