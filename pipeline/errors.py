@@ -48,16 +48,20 @@ class StorageError(PipelineError, OSError):
 
 
 class WorkersDiedError(PipelineError):
-    """Workers of the cluster died again and again over the same work: memory, or an input (exit 1)."""
+    """Workers of the cluster died again and again over the same work: memory, or an input (exit 1).
 
-    def __init__(self, times: int, reason: str) -> None:
+    `reason` is Ray's, cut to its beginning; `less` what makes the work need less memory.
+    """
+
+    def __init__(self, times: int, reason: object, less: str = "the run fewer actors") -> None:
         often = "once" if times == 1 else f"{times} times"
+        beginning = " ".join(str(reason).split())[:200]
         super().__init__(
-            f"workers died {often} over the same work ({reason}); look for the out-of-memory killer "
-            "in the system's log, give the machine more memory or the run fewer actors, and run again: "
+            f"workers died {often} over the same work ({beginning}); look for the out-of-memory killer "
+            f"in the system's log, give the machine more memory or {less}, and run again: "
             "what is committed stays"
         )
-        self.short = f"workers died {often} over it ({reason})"
+        self.short = f"workers died {often} over it ({beginning})"
 
 
 class DecoderError(PipelineError):

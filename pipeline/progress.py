@@ -30,12 +30,12 @@ logger = logging.getLogger(__name__)
 
 
 class Picture(NamedTuple):
-    """What people see of work under way: a line, how much of it is done, and the values behind it."""
+    """What people see of work under way: a line, how much is done, and on request the values behind it."""
 
     line: str
     done: float
     total: float
-    values: dict[str, Any]
+    values: Callable[[], dict[str, Any]]
 
 
 class Display(Generic[Told]):
@@ -79,7 +79,7 @@ class Display(Generic[Told]):
         elif time.monotonic() - self._last_log >= LOG_EVERY_S:
             self._last_log = time.monotonic()
             picture = self._picture(told)
-            logger.info("%s", picture.line, extra={"values": picture.values})
+            logger.info("%s", picture.line, extra={"values": picture.values()})
 
 
 def run_display(console: Console) -> Display[Tally]:
@@ -88,7 +88,7 @@ def run_display(console: Console) -> Display[Tally]:
 
     def picture(tally: Tally) -> Picture:
         line = describe(tally) if tally.num_seen else beginning
-        return Picture(line, tally.fraction_done, 1, progress_values(tally))
+        return Picture(line, tally.fraction_done, 1, lambda: progress_values(tally))
 
     return Display(console, beginning, picture)
 

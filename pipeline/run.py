@@ -254,7 +254,7 @@ def _translated() -> Iterator[None]:
     except DEATHS as error:
         if getattr(error, "actor_init_failed", False):  # a bug of ours, or an installation's
             raise
-        raise WorkersDiedError(_RETRIES + 1, " ".join(str(error).split())[:200]) from error
+        raise WorkersDiedError(_RETRIES + 1, error) from error
     except ray.exceptions.RayTaskError as error:
         cause = error.cause
         if isinstance(cause, PipelineError):

@@ -18,7 +18,7 @@ def training_display(console: Console) -> Display[dict[str, Any]]:
         done, total = ("step", "total_steps")
         if values["phase"] == "preparing":
             done, total = ("shards", "total_shards")
-        return Picture(describe(values), values[done], values[total], values)
+        return Picture(describe(values), values[done], values[total], lambda: values)
 
     return Display(console, "starting Ray", picture)
 

@@ -116,13 +116,12 @@ def in_words(error: BaseException, job: Job) -> BaseException:
         if isinstance(cause, torch.OutOfMemoryError):
             train = job.config.train
             return ConfigError(
-                f"train.accumulate: {train.batch_size} images in parts of 1/{train.accumulate} do not fit "
-                f"into the GPU's memory; choose more parts, which changes no result ({cause})"
+                f"train.accumulate: {train.batch_size} images in {train.accumulate} parts do not fit into "
+                f"the GPU's memory; choose more parts, which only BatchNorm's statistics see ({cause})"
             )
     deaths = [cause for cause in causes if isinstance(cause, DEATHS)]
     if deaths:
-        reason = " ".join(str(deaths[0]).split())[:200]
-        return WorkersDiedError(job.config.compute.max_failures + 1, reason)
+        return WorkersDiedError(job.config.compute.max_failures + 1, deaths[0], "train.batch_size less")
     return error
 
 

@@ -51,7 +51,8 @@ def make_optimizers(
     """The optimizers by name, over what learns; norms, biases and CLS tokens do not decay.
 
     Muon, where it is asked for, takes the matrices and the convolutions, without the classifier (which ends
-    in classes, not in features) and the depth-wise convolutions (which are no matrices), and computes in `dtype`.
+    in classes, not in features) and the depth-wise convolutions (which are no matrices); `dtype` is what it
+    computes in.
     """
     orthogonal: list[nn.Parameter] = []
     decaying: list[nn.Parameter] = []

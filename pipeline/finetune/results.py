@@ -39,10 +39,10 @@ def write_results(job: Job, found: Found, asked: str) -> dict[str, Any]:
     facts, best = read_best(job.output)
     averaged = without_prefix("average/", tensors) or without_prefix("model/", tensors)
     _write_model(job, averaged, "last/")
-    num_parameters = _write_model(job, without_prefix("model/", best), "")
+    kept = _write_model(job, without_prefix("model/", best), "")
     metrics = {
         **_metrics(job, found, progress, facts, without_prefix("said/", best)),
-        "parameters": num_parameters,
+        "parameters": sum(parameter.numel() for parameter in kept.parameters()),
         "asked": asked,
     }
     job.output.write_bytes(CARD, model_card(metrics).encode())
@@ -51,14 +51,14 @@ def write_results(job: Job, found: Found, asked: str) -> dict[str, Any]:
     return metrics
 
 
-def _write_model(job: Job, state: Tensors, folder: str) -> int:
-    """The network with these weights in the Hub's layout; each file appears whole. Its parameters."""
+def _write_model(job: Job, state: Tensors, folder: str) -> CvtForImageClassification:
+    """Write the network with these weights in the Hub's layout, and return it; each file appears whole."""
     model = CvtForImageClassification(with_classes(job.start.config, job.classes))
     model.load_state_dict(state)
     with tempfile.TemporaryDirectory(prefix="cvt-pipeline-") as local:
         for path in save_checkpoint(local, model, job.start.processor):
             _upload(job.output, path, folder + path.name)
-    return sum(parameter.numel() for parameter in model.parameters())
+    return model
 
 
 def _upload(output: Storage, local: Path, path: str) -> None:
