@@ -1,11 +1,14 @@
 """What the tests that disturb runs share: a corpus that takes a while, processes, and how to end them."""
 
+import os
+import shutil
 import subprocess
 import time
 from pathlib import Path
 
 import numpy as np
 import pytest
+from filelock import FileLock
 
 from tests.conftest import encode, make_image
 from tests.running import CLI, make_config, rows_of, run, write_config, write_tar
@@ -14,16 +17,33 @@ RAY_AGENTS = ("ray::RuntimeEnvAgent", "ray::DashboardAgent", "gone")
 NUM_TARS, TAR_IMAGES = 12, 16
 
 
+def made_once(tmp_path_factory, name, make):
+    """A folder made by whichever of the session's processes asks first, and read by all of them."""
+    root = tmp_path_factory.getbasetemp()
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        root = root.parent
+    folder, made = root / name, root / f"{name}.made"
+    with FileLock(root / f"{name}.lock"):
+        if not made.exists():
+            shutil.rmtree(folder, ignore_errors=True)
+            folder.mkdir()
+            make(folder)
+            made.touch()
+    return folder
+
+
 @pytest.fixture(scope="module")
 def corpus(tmp_path_factory):
     """Twelve tars, each with a broken image; pictures large enough that a tar takes a while."""
-    folder = tmp_path_factory.mktemp("corpus")
-    for number in range(NUM_TARS):
-        members = [
-            (f"{n}.png", encode(make_image(100 * number + n, (400, 300)))) for n in range(TAR_IMAGES)
-        ]
-        write_tar(folder / f"{number:02d}.tar", [*members, ("bad.png", b"junk")])
-    return folder
+
+    def make(folder):
+        for number in range(NUM_TARS):
+            members = [
+                (f"{n}.png", encode(make_image(100 * number + n, (400, 300)))) for n in range(TAR_IMAGES)
+            ]
+            write_tar(folder / f"{number:02d}.tar", [*members, ("bad.png", b"junk")])
+
+    return made_once(tmp_path_factory, "disturbed-corpus", make)
 
 
 def config_for(corpus, tiny_model, folder):
@@ -34,10 +54,13 @@ def config_for(corpus, tiny_model, folder):
 @pytest.fixture(scope="module")
 def undisturbed(ray_session, corpus, tiny_model, tmp_path_factory):
     """The rows and the rejects of a run that nothing disturbed."""
-    folder = tmp_path_factory.mktemp("undisturbed")
-    tally = run(make_config(corpus, tiny_model, folder / "out", compute__batch_size=4))
-    assert (tally.stopped, tally.failed_shards) == ("", {})
-    return rows_of(folder / "out"), rows_of(folder / "out", "rejects")
+
+    def make(folder):
+        tally = run(make_config(corpus, tiny_model, folder / "out", compute__batch_size=4))
+        assert (tally.stopped, tally.failed_shards) == ("", {})
+
+    out = made_once(tmp_path_factory, "undisturbed", make) / "out"
+    return rows_of(out), rows_of(out, "rejects")
 
 
 def start(config):
