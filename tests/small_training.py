@@ -73,8 +73,18 @@ def train(
 def _worker(config: Path, rank: int, num_workers: int, port: int) -> None:
     torch.set_num_threads(1)
     dist.init_process_group("gloo", f"tcp://127.0.0.1:{port}", rank=rank, world_size=num_workers)
-    train(small_job(read_config(FinetuneConfig, config)), Share(rank, num_workers))
+    train(small_job(read_config(FinetuneConfig, config)), Share(rank, num_workers), _save_and_look)
     dist.destroy_process_group()
+
+
+def _save_and_look(training: Training) -> Command:
+    """Saved between evaluations or not, the rate that people see is that of all workers' images."""
+    progress, status = training.progress, training.status()
+    if progress.sums.seconds:
+        steps = progress.step - (progress.history[-1]["step"] if progress.history else 0)
+        images = steps * training._job.config.train.batch_size
+        assert abs(status["images_per_s"] * progress.sums.seconds - images) < 0.5, (status, images)
+    return "save" if progress.step % 5 == 2 else "go"
 
 
 if __name__ == "__main__":

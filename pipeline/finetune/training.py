@@ -150,13 +150,13 @@ class Training:
         self.save()
 
     def status(self) -> dict[str, Any]:
-        """Where it stands, for people: of the first worker's images since the last evaluation."""
+        """Where it stands, for people, since the last evaluation: this worker's share stands for all."""
         progress, job = self.progress, self._job
-        loss, correct, images = self._running.tolist()
+        loss, correct, images = (self._running * self._share.num_workers).tolist()
         sums = progress.sums
         images += sums.images
         seen = self.progress.step * self._config.batch_size
-        rate = images * self._share.num_workers / sums.seconds if sums.seconds else 0.0
+        rate = images / sums.seconds if sums.seconds else 0.0
         left = (job.schedule.total_steps - progress.step) * self._config.batch_size
         return {
             "step": progress.step,
