@@ -15,7 +15,7 @@ import typer
 from jobs.common import run_verb
 
 VERBS = (
-    *("classify", "run", "extract", "plan", "status", "verify", "index", "search", "dedup"),
+    *("classify", "run", "extract", "plan", "status", "verify", "index", "search", "label", "dedup"),
     *("evaluate", "finetune", "convert", "demo", "bench"),
 )
 

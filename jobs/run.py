@@ -40,7 +40,7 @@ def run(
     into: Into = None,
     verbose: Verbose = False,
 ) -> None:
-    """The nightly job: extract, then index and dedup where the config has their sections."""
+    """The nightly job: extract, then index, label and dedup where the config has their sections."""
     stop = stop_on_signals()
     set_up_logging(verbose=verbose)
     from pipeline.load_config import load_config

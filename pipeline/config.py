@@ -225,12 +225,50 @@ class IndexConfig(Section):
     lease_s: float = Field(120, ge=10, description="seconds after which a build that died is taken over")
 
 
+Probability = Annotated[float, Field(ge=0, le=1)]
+
+
 class DedupConfig(Section):
     """Groups of images that are the same, or nearly so."""
 
     threshold: float = Field(
         0.95, gt=0, le=1, description="least cosine of two embeddings of near-duplicates"
     )
+
+
+class LabelConfig(Section):
+    """Labels for every committed image, from what extract has stored."""
+
+    method: Literal["head", "neighbours", "probe"] = Field(
+        "head",
+        description="head: the classifier's own classes; neighbours: votes of labelled images; "
+        "probe: a linear classifier trained on labelled images",
+    )
+    labels: str | None = Field(
+        None,
+        description="labels that are known: a .csv, .jsonl or .parquet file with image_id and label, a "
+        "metadata column of the output, or folder; head: calibrates by them",
+    )
+    reference: str | None = Field(
+        None, description="neighbours: another output, of the same model, that the labels are of"
+    )
+    probe: str | None = Field(None, description="probe: a saved probe.safetensors, instead of labels")
+    keep_known: bool = Field(
+        False, description="images with a label in `labels` keep it, as method given, instead of being told"
+    )
+    threshold: Probability = Field(0.0, description="least score of a label; below it is unknown")
+    thresholds: dict[str, Probability] = Field(
+        default_factory=dict, description="least scores of single labels, over `threshold`"
+    )
+    coarser: dict[str, str] = Field(
+        default_factory=dict, description="coarser labels by class; classes that are not in it stay"
+    )
+    k: int = Field(20, ge=1, le=1000, description="neighbours that vote")
+    folds: int = Field(5, ge=2, le=20, description="probe: parts of the cross-validation")
+    most_labelled: int = Field(
+        20_000, ge=10, description="labelled images that a probe or a calibration looks at, drawn by seed"
+    )
+    seed: int = Field(0, ge=0, description="of all that is drawn at random")
 
 
 class Config(Section):
@@ -244,6 +282,7 @@ class Config(Section):
     run: RunConfig = RunConfig()
     index: IndexConfig | None = Field(None, description="`run` builds the index where this is given")
     dedup: DedupConfig | None = Field(None, description="`run` finds duplicates where this is given")
+    label: LabelConfig | None = Field(None, description="`run` labels all images where this is given")
     storage_options: StorageOptions = Field(
         default_factory=dict, description="options of the file systems of input and output, as fsspec's are"
     )

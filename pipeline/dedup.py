@@ -6,7 +6,6 @@ image_id, similarity, representative) and `summary.json`; `dedup/CURRENT` names 
 
 from __future__ import annotations
 
-import json
 import time
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -23,11 +22,11 @@ from pipeline.duplicate_graph import Rows, batches, join_near, join_same_bytes, 
 from pipeline.errors import SearchError
 from pipeline.index.brute_force import cosines
 from pipeline.index.vectors import Ids, Vectors
+from pipeline.published import publish
 from pipeline.search import Searcher
 from pipeline.storage import Storage, unique_name
 
-DEDUP, CURRENT = "dedup", "dedup/CURRENT"
-KEEP_VERSIONS = 3
+DEDUP = "dedup"
 _ROWS_AT_ONCE = 65_536
 
 
@@ -96,9 +95,7 @@ def find_duplicates(output: Storage, config: DedupConfig) -> DedupSummary:
         share_removable=round((len(groups.rows) - num_groups) / max(len(rows), 1), 6),
         seconds=round(time.time() - started, 3),
     )
-    output.write_bytes(f"{DEDUP}/{version}/summary.json", json.dumps(summary.to_json()).encode())
-    output.write_bytes(CURRENT, version.encode())
-    _drop_old(output, version)
+    publish(output, DEDUP, version, summary.to_json())
     return summary
 
 
@@ -160,15 +157,3 @@ def _image_ids(output: Storage, rows: Rows, wanted: Ids) -> pa.Array:
     back = np.empty(len(order), np.int64)
     back[order] = np.arange(len(order))
     return names.take(pa.array(back))
-
-
-def _drop_old(output: Storage, served: str) -> None:
-    """Delete what is older than the newest whole versions, of which `KEEP_VERSIONS` stay.
-
-    A younger one that is not whole may be in the making.
-    """
-    paths = [info.path.split("/") for info in output.find(DEDUP)]
-    whole = sorted(path[1] for path in paths if path[2:] == ["summary.json"])
-    for name in {path[1] for path in paths if len(path) == 3}:
-        if name < whole[-KEEP_VERSIONS:][0] and name != served:
-            output.delete_folder(f"{DEDUP}/{name}")

@@ -59,7 +59,7 @@ def evaluate(
     started = time.time()
     fingerprint = require_fingerprint(output)
     place, known = (output, labels) if reference is None else (reference.output, reference.labels)
-    _check_alike(output, fingerprint, place)
+    check_alike(output, fingerprint, place, "--reference")
     searcher = Searcher(place)
     found = read_labels(output, labels)
     if not any(found.names):
@@ -95,12 +95,13 @@ def evaluate(
     return {**values, "report": output.url(f"{path}.html")}
 
 
-def _check_alike(output: Storage, fingerprint: Fingerprint, place: Storage) -> None:
+def check_alike(output: Storage, fingerprint: Fingerprint, place: Storage, named: str) -> None:
+    """Raise FingerprintError where the embeddings of two outputs cannot be compared."""
     other = require_fingerprint(place)
     for part in ("weights_sha256", "preprocessing", "embedding"):
         if getattr(fingerprint, part) != getattr(other, part):
             raise FingerprintError(
-                f"--reference: {place.uri} was made with another {part} than {output.uri}; "
+                f"{named}: {place.uri} was made with another {part} than {output.uri}; "
                 "their embeddings cannot be compared"
             )
 

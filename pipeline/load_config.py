@@ -47,13 +47,7 @@ def read_config(
 
     Raises ConfigError, with one line for each bad key.
     """
-    try:
-        text = path.read_text(encoding="utf-8")
-        values = yaml.safe_load(text)
-    except OSError as error:
-        raise ConfigError(f"{path}: cannot read the config file: {error.strerror}") from error
-    except (yaml.YAMLError, ValueError) as error:
-        raise ConfigError(f"{path}: not valid YAML: {_problem(error)}") from error
+    values = _read_yaml(path, "the config file")
     if not isinstance(values, dict):
         raise ConfigError(f"{path}: expected sections (input, model, output), found {found_value(values)}")
     values = {str(name): {} if section is None else section for name, section in values.items()}
@@ -63,9 +57,28 @@ def read_config(
     return validate(model, values, origin=str(path))
 
 
-def load_section(section: type[M], overrides: Iterable[str], name: str) -> M:
-    """One section alone, from `name.key=value` overrides (`index OUTPUT index.type=exact`)."""
-    values: dict[str, Any] = {name: {}}
+def read_mapping(path: Path, named: str) -> dict[Any, Any]:
+    """A mapping from a YAML file; `named` is the option that it was given to. Raises ConfigError."""
+    values = _read_yaml(path, named)
+    if not isinstance(values, dict):
+        raise ConfigError(f"{named}: {path} has {found_value(values)}; expected a mapping, name: label")
+    return values
+
+
+def _read_yaml(path: Path, what: str) -> Any:
+    try:
+        return yaml.safe_load(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ConfigError(f"{path}: cannot read {what}: {error.strerror}") from error
+    except (yaml.YAMLError, ValueError) as error:
+        raise ConfigError(f"{path}: not valid YAML: {_problem(error)}") from error
+
+
+def load_section(
+    section: type[M], overrides: Iterable[str], name: str, given: Mapping[str, Any] | None = None
+) -> M:
+    """One section alone, from `name.key=value` overrides (`index OUTPUT index.type=exact`) over `given`."""
+    values: dict[str, Any] = {name: dict(given or {})}
     for override in overrides:
         _merge_override(values, override)
     for unknown in sorted(set(values) - {name}):

@@ -45,14 +45,14 @@ def classes_by_faiss_id(place: Storage, label: Ids, searcher: Searcher) -> Ids:
     classes = np.full(searcher.record.next_id, NO_CLASS, np.int32)
     seen = 0
     for stem, table in tables(place, (IMAGE_ID,), LABEL_ROWS):
-        ids = _faiss_ids(table, stem, searcher)
+        ids = faiss_ids(table, stem, searcher)
         mine = label[seen : seen + len(ids)]
         seen += len(ids)
         classes[ids[ids >= 0]] = mine[ids >= 0]
     return classes
 
 
-def _faiss_ids(table: pa.Table, stem: str, searcher: Searcher) -> Numbers:
+def faiss_ids(table: pa.Table, stem: str, searcher: Searcher) -> Numbers:
     """The faiss ids of some rows of a commit, -1 where they are not indexed."""
     names, ids = searcher.ids_of_shard(stem)
     places = pc.index_in(table.column(IMAGE_ID).combine_chunks(), value_set=names)
@@ -96,7 +96,7 @@ def ask_neighbours(
         mine = label[rows]
         scores, ids = searcher.search(vectors, max(k, DEPTH) + own)
         if own:
-            scores, ids = _without(scores, ids, _faiss_ids(table, stem, searcher))
+            scores, ids = without(scores, ids, faiss_ids(table, stem, searcher))
         neighbours = np.where(ids < 0, NO_CLASS, by_faiss_id[ids])
         relevant = neighbours == mine[:, None]
         there = per_class[mine] - own
@@ -107,7 +107,7 @@ def ask_neighbours(
     return Neighbours(mine, voted, precision, {k: np.any(relevant[:, :k], axis=1) for k in RECALL_AT})
 
 
-def _without(scores: Vectors, ids: Numbers, own: Numbers) -> tuple[Any, Any]:
+def without(scores: Vectors, ids: Numbers, own: Numbers) -> tuple[Any, Any]:
     """Neighbours without the image itself, or without the last where it is not among them."""
     is_own = ids == own[:, None]
     is_own[~is_own.any(axis=1), -1] = True
@@ -115,9 +115,14 @@ def _without(scores: Vectors, ids: Numbers, own: Numbers) -> tuple[Any, Any]:
     return scores[~is_own].reshape(shape), ids[~is_own].reshape(shape)
 
 
+def vote_weights(neighbours: Ids, scores: Vectors) -> Vectors:
+    """What each neighbour's vote weighs: exp(cosine / TEMPERATURE), and nothing without a class."""
+    return np.exp((scores - 1) / TEMPERATURE) * (neighbours != NO_CLASS)  # type: ignore[no-any-return]
+
+
 def _vote(neighbours: Ids, scores: Vectors) -> Ids:
-    """The class with the most votes, each weighing exp(cosine / TEMPERATURE); NO_CLASS without any."""
-    weights = np.exp((scores - 1) / TEMPERATURE) * (neighbours != NO_CLASS)
+    """The class with the most votes, by `vote_weights`; NO_CLASS without any."""
+    weights = vote_weights(neighbours, scores)
     votes = np.zeros((len(neighbours), int(neighbours.max(initial=0)) + 1))
     for column in range(neighbours.shape[1]):
         np.add.at(votes, (np.arange(len(votes)), np.maximum(neighbours[:, column], 0)), weights[:, column])

@@ -112,6 +112,18 @@ DUPLICATES = pa.schema(
     ]
 )
 
+LABELS = pa.schema(
+    [
+        pa.field(IMAGE_ID, pa.string(), nullable=False),
+        pa.field("label", pa.string(), nullable=False),  # "unknown" below the threshold
+        pa.field("label_id", pa.int32(), nullable=False),  # -1 of unknown
+        pa.field("score", pa.float32(), nullable=False),  # probability of the best class, known or not
+        pa.field("margin", pa.float32()),  # score less the next class's; null where that is not known
+        pa.field("runner_up", pa.string()),  # the next class; of unknown the best one
+        pa.field("method", pa.string(), nullable=False),  # head, neighbours, probe or given
+    ]
+)
+
 TRUTH = pa.schema(
     [
         pa.field("query", pa.int64(), nullable=False),  # faiss id of an indexed row

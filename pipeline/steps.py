@@ -39,6 +39,9 @@ def outcome(values: Mapping[str, Any]) -> str:
                 f"{values['version']}: {values['type']}, {values['num_vectors']:,} vectors, "
                 f"recall@10 {values['recall_at_10']:.3f}, {values['latency_ms']:.2f} ms a query"
             )
+        case "label":
+            unknown = f", {values['unknown']:,} of them unknown" if values["unknown"] else ""
+            return f"{values['version']}: {values['images']:,} images by {values['method']}{unknown}"
         case "dedup":
             return (
                 f"{values['groups']:,} groups of {values['images_in_groups']:,} images, "

@@ -41,7 +41,7 @@ def make_config(input_uri: object, checkpoint: object, output: object, **overrid
 
 def write_config(path: Path, config: Config) -> Path:
     """The config as the YAML file of a command line."""
-    path.write_text(yaml.safe_dump(config.model_dump(mode="json")))
+    path.write_text(yaml.safe_dump(config.model_dump(mode="json", exclude_none=True)))
     return path
 
 

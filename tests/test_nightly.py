@@ -168,6 +168,30 @@ def test_every_step_runs_in_turn_and_the_one_report_has_them_all(night: Night) -
     assert 0 <= dedup["seconds"] < 60, "the step's own, not its summary's"
 
 
+def test_labels_come_between_and_need_the_index_for_neighbours_alone(night: Night) -> None:
+    (night.folder / "labels.csv").write_text("image_id,label\na,cat\nb,dog\n")
+    sections = (
+        f"index: {{}}\ndedup: {{}}\nlabel: {{method: neighbours, labels: {night.folder}/labels.csv}}\n"
+    )
+    assert night.run(sections) == 0
+    assert list(night.ended) == ["extract", "index", "label", "dedup"]
+    label = night.report["steps"][2]
+    assert label["version"] == (night.folder / "out/labels/CURRENT").read_text()
+    assert (label["images"], label["method"], label["unknown"]) == (3, "neighbours", 0)
+    assert "3 images by neighbours" in night.page
+
+    night.index_is(failing(OutputError("no index today")))
+    assert night.run(sections) == 2
+    assert night.ended == {"extract": "done", "index": "failed", "label": "skipped", "dedup": "skipped"}
+    assert night.message("label") == "needs the index, which failed"
+
+
+def test_labels_that_cannot_be_made_keep_no_other_step_from_its_work(night: Night) -> None:
+    assert night.run("index: {}\ndedup: {}\nlabel: {method: head}\n") == 2
+    assert night.ended == {"extract": "done", "index": "done", "label": "failed", "dedup": "done"}
+    assert "has no classifier; use neighbours or probe" in night.message("label")
+
+
 def test_the_report_keeps_all_that_extract_wrote(night: Night) -> None:
     night.run()
     assert "steps" not in night.extracts_report

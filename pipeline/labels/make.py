@@ -1,0 +1,107 @@
+"""A version of labels for every committed image of an output: made, written, published.
+
+Enters: an output, and how it is to be labelled. Leaves: `labels/<version>/labels.parquet`, `summary.json`
+and, of a probe, `probe.safetensors`; `labels/CURRENT` names the version, last. Rows stream.
+"""
+
+from __future__ import annotations
+
+import time
+from collections import Counter
+from collections.abc import Iterator
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from pipeline import schema
+from pipeline.config import LabelConfig
+from pipeline.errors import InputError
+from pipeline.fingerprint import require_fingerprint
+from pipeline.label_source import LabelSource
+from pipeline.labelled_rows import tables
+from pipeline.labels.decide import UNKNOWN, Rule
+from pipeline.labels.methods import METHODS, Method, open_known
+from pipeline.progress import iso_time
+from pipeline.published import publish
+from pipeline.storage import Storage, unique_name
+
+LABELS, FILE = "labels", "labels.parquet"
+MOST_CELLS = 2**22  # probabilities at once
+MOST_ROWS = 4096
+GIVEN = "given"
+
+
+def make_labels(output: Storage, config: LabelConfig) -> dict[str, Any]:
+    """Label every committed image; returns the summary.
+
+    Raises InputError or ConfigError where labels are wanted and not there, SearchError without an index of
+    what neighbours are looked for in.
+    """
+    started = time.time()
+    fingerprint = require_fingerprint(output)
+    known = None if config.labels is None else open_known(output, fingerprint, config)
+    ready = METHODS[config.method](output, fingerprint, known, config)
+    method = ready.method
+    rule = Rule.of(method.classes, config.coarser, config.threshold, config.thresholds)
+    given = known if config.keep_known and config.reference is None else None
+    version = unique_name()
+    counts = _write(output, f"{LABELS}/{version}/{FILE}", method, rule, given, config)
+    if not counts.total():
+        raise InputError(f"{output.uri} has no committed images to label")
+    for name, data in ready.files.items():
+        output.write_bytes(f"{LABELS}/{version}/{name}", data)
+    summary = {
+        "version": version,
+        "method": method.method,
+        "images": counts.total(),
+        "unknown": counts[UNKNOWN] if UNKNOWN not in rule.labels else None,
+        "labels": dict(counts.most_common()),
+        "classes": len(rule.labels),
+        **ready.facts,
+        "config": config.model_dump(mode="json"),
+        "fingerprint": fingerprint.digest,
+        "made_at": iso_time(started),
+        "seconds": round(time.time() - started, 3),
+    }
+    publish(output, LABELS, version, summary)
+    return summary
+
+
+def _write(
+    output: Storage, path: str, method: Method, rule: Rule, given: LabelSource | None, config: LabelConfig
+) -> Counter[str]:
+    """Write the labels of all images, some at a time; how many have each."""
+    counts: Counter[str] = Counter()
+    with (
+        output.replacing(path) as local,
+        pq.ParquetWriter(local, schema.LABELS, compression="zstd") as writer,
+    ):
+        for rows in _labelled(output, method, rule, given, config):
+            writer.write_table(rows)
+            found = rows.column("label").combine_chunks().value_counts()
+            counts.update(dict(zip(*(found.field(n).to_pylist() for n in (0, 1)), strict=True)))
+    return counts
+
+
+def _labelled(
+    output: Storage, method: Method, rule: Rule, given: LabelSource | None, config: LabelConfig
+) -> Iterator[pa.Table]:
+    at_once = max(64, min(MOST_ROWS, MOST_CELLS // max(1, len(method.classes))))
+    columns = (schema.IMAGE_ID, *method.columns, *(given.columns if given else ()))
+    for stem, table in tables(output, columns, at_once):
+        ids = table.column(schema.IMAGE_ID).combine_chunks()
+        rows = rule.columns(ids, method(table, stem), method.method)
+        yield rows if given is None else _with_given(rows, given.labels_of(table), rule, config)
+
+
+def _with_given(rows: pa.Table, labels: pa.Array, rule: Rule, config: LabelConfig) -> pa.Table:
+    """The rows, those with a known label having that one."""
+    place = {name: number for number, name in enumerate(rule.labels)}
+    values = rows.to_pylist()
+    for row, label in zip(values, labels.to_pylist(), strict=True):
+        if label is not None:
+            name = config.coarser.get(label, label)
+            row |= {"label": name, "label_id": place.get(name, -1), "score": 1.0, "method": GIVEN}
+            row |= {"margin": None, "runner_up": None}
+    return pa.Table.from_pylist(values, schema.LABELS)

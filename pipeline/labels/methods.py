@@ -1,0 +1,200 @@
+"""The methods of labelling made ready: what each needs is found, trained and judged.
+
+Enters: an output, and where labels are known. Leaves: something that gives probabilities for rows. Holds
+the labelled rows that a probe or a calibration looks at, and a number of every image.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+
+from pipeline import schema
+from pipeline.config import LabelConfig
+from pipeline.errors import ConfigError, InputError
+from pipeline.evaluate import check_alike
+from pipeline.fingerprint import Fingerprint, require_fingerprint
+from pipeline.label_source import LabelSource, open_labels
+from pipeline.labelled_rows import NO_CLASS, VECTOR_ROWS, Labels, matrix, read_labels, tables
+from pipeline.labels.cross_validation import check_labelled, choose_strength, fold_of, judge, learning_curve
+from pipeline.labels.decide import Probabilities
+from pipeline.labels.head import Head, classes_of, logits_of
+from pipeline.labels.neighbours import Neighbours
+from pipeline.labels.probe import Probe, train
+from pipeline.labels.temperature import LEAST_ROWS, calibrate
+from pipeline.neighbour_quality import classes_by_faiss_id
+from pipeline.quality import Ids, class_order
+from pipeline.search import Searcher
+from pipeline.storage import Storage, parent_and_name
+
+PROBE = "probe.safetensors"
+
+
+class Method(Protocol):
+    """How labels are made: probabilities (N, K) of some rows that have these columns."""
+
+    @property
+    def method(self) -> str: ...
+    @property
+    def columns(self) -> tuple[str, ...]: ...
+    @property
+    def classes(self) -> tuple[str, ...]: ...
+
+    def __call__(self, table: pa.Table, stem: str) -> Probabilities: ...
+
+
+@dataclass(frozen=True)
+class Ready:
+    """A method that can begin, what is to be told of it, and files to keep beside the labels."""
+
+    method: Method
+    facts: dict[str, Any] = field(default_factory=dict)
+    files: dict[str, bytes] = field(default_factory=dict)
+
+
+def open_known(output: Storage, fingerprint: Fingerprint, config: LabelConfig) -> LabelSource:
+    assert config.labels is not None
+    if config.reference is None:
+        return open_labels(config.labels, fingerprint, output)
+    place = _reference(output, config)
+    return open_labels(config.labels, require_fingerprint(place), place)
+
+
+def _reference(output: Storage, config: LabelConfig) -> Storage:
+    if config.reference is None:
+        return output
+    return Storage(config.reference, output.options_for(config.reference))
+
+
+def _wanted(known: LabelSource | None, config: LabelConfig) -> LabelSource:
+    if known is None:
+        raise ConfigError(
+            f"label.labels: labels by {config.method} need images whose label is known; name a .csv, "
+            ".jsonl or .parquet file with image_id and label, a metadata column of the output, or folder"
+        )
+    return known
+
+
+def _head(
+    output: Storage, fingerprint: Fingerprint, known: LabelSource | None, config: LabelConfig
+) -> Ready:
+    classes = classes_of(fingerprint, output.uri)
+    if known is None:
+        return Ready(Head(classes))
+    place = {name: number for number, name in reversed(list(enumerate(classes)))}
+    labels = read_labels(output, known)
+    if not set(labels.names) & set(place):
+        raise InputError(
+            f"label.labels: none of these labels is a class of the model ({', '.join(labels.names[:5])}); "
+            "the head can be calibrated by labels of its own classes alone"
+        )
+    label = labels.as_classes(classes)
+    rows, logits = _chosen(output, label, ("logits",), logits_of, config)
+    if len(rows) < LEAST_ROWS:
+        raise InputError(
+            f"label.labels: {len(rows)} images of {output.uri} with all their logits have a label, a "
+            f"calibration needs {LEAST_ROWS}; logits are kept with output.logits=full"
+        )
+    found = calibrate(logits, label[rows], config.seed)
+    return Ready(Head(classes, found.temperature), {"calibration": found.to_json()})
+
+
+def _neighbours(
+    output: Storage, fingerprint: Fingerprint, known: LabelSource | None, config: LabelConfig
+) -> Ready:
+    known, place = _wanted(known, config), _reference(output, config)
+    if config.reference is not None:
+        check_alike(output, fingerprint, place, "label.reference")
+    labels, classes = _read_classes(place, known)
+    searcher = Searcher(place)
+    by_faiss_id = classes_by_faiss_id(place, labels.as_classes(classes), searcher)
+    num_labelled = int((by_faiss_id != NO_CLASS).sum())
+    if not num_labelled:
+        raise InputError(f"label.labels: no indexed image of {place.uri} has a label")
+    own = config.reference is None
+    facts = {"reference": place.uri, "reference_images": num_labelled}
+    return Ready(Neighbours(searcher, by_faiss_id, classes, config.k, own=own), facts)
+
+
+def _probe(
+    output: Storage, fingerprint: Fingerprint, known: LabelSource | None, config: LabelConfig
+) -> Ready:
+    if config.probe is not None:
+        folder, name = parent_and_name(config.probe)
+        with Storage(folder, output.options_for(config.probe)).local_copy(name) as path:
+            return Ready(Probe.read(path, fingerprint.digest), {"probe": config.probe})
+    known, place = _wanted(known, config), _reference(output, config)
+    if config.reference is not None:
+        check_alike(output, fingerprint, place, "label.reference")
+    labels, classes = _read_classes(place, known)
+    label = labels.as_classes(classes)
+    rows, vectors = _chosen(place, label, ("embedding",), _vectors_of, config)
+    vectors, chosen = vectors.astype(np.float32), label[rows]
+    whole = np.isfinite(vectors).all(axis=1)
+    vectors, chosen = vectors[whole], chosen[whole]
+    check_labelled(chosen, place.uri)
+    fold = fold_of(chosen, config.folds, config.seed)
+    strength, p = choose_strength(vectors, chosen, fold)
+    weight, bias = train(vectors, chosen, strength)
+    missing = len(classes) - len(weight)  # classes whose rows cannot be used
+    probe = Probe(
+        np.pad(weight, ((0, missing), (0, 0))),
+        np.pad(bias, (0, missing), constant_values=-1e4),
+        tuple(classes),
+        fingerprint.digest,
+    )
+    facts = {
+        "labelled": int((label != NO_CLASS).sum()),
+        "trained_on": len(chosen),
+        "strength": strength,
+        "cross_validation": judge(p, chosen, fold, classes),
+        "learning_curve": learning_curve(vectors, chosen, fold, strength, config.seed),
+    }
+    return Ready(probe, facts, {PROBE: probe.to_bytes()})
+
+
+METHODS: dict[str, Callable[..., Ready]] = {"head": _head, "neighbours": _neighbours, "probe": _probe}
+
+
+def _read_classes(place: Storage, known: LabelSource) -> tuple[Labels, list[str]]:
+    labels = read_labels(place, known)
+    if not labels.names:
+        raise InputError(
+            f"label.labels: none of the {labels.num_images:,} images of {place.uri} has a label there"
+        )
+    return labels, class_order(set(labels.names))
+
+
+def _vectors_of(table: pa.Table) -> npt.NDArray[Any]:
+    return matrix(table.column("embedding"))
+
+
+def _chosen(
+    place: Storage,
+    label: Ids,
+    columns: tuple[str, ...],
+    read: Callable[[pa.Table], npt.NDArray[Any] | None],
+    config: LabelConfig,
+) -> tuple[npt.NDArray[np.int64], npt.NDArray[Any]]:
+    """Labelled rows, at most `label.most_labelled` by seed, and what `read` takes from each."""
+    rows = np.flatnonzero(label != NO_CLASS)
+    if len(rows) > config.most_labelled:
+        rng = np.random.default_rng(config.seed)
+        rows = np.sort(rng.choice(rows, config.most_labelled, replace=False))
+    there, values, seen = [], [], 0
+    for _, table in tables(place, (schema.IMAGE_ID, *columns), VECTOR_ROWS):
+        mine = rows[(rows >= seen) & (rows < seen + table.num_rows)]
+        taken = table.take(pa.array(mine - seen))
+        seen += table.num_rows
+        found = read(taken) if len(mine) else None
+        if found is not None:
+            there.append(mine)
+            values.append(found)
+    if not there:
+        return rows[:0], np.empty((0, 1))
+    return np.concatenate(there), np.concatenate(values)
