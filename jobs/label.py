@@ -12,6 +12,7 @@ from rich.markup import escape
 from jobs.common import console, run_module, set_up_logging
 
 if TYPE_CHECKING:
+    from pipeline.config import LabelConfig
     from pipeline.storage import Storage
 
 SETTINGS: dict[str, object] = {}
@@ -42,24 +43,79 @@ def label(
     coarser: Annotated[
         Path | None, typer.Option("--map", help="YAML file: a coarser label for each class")
     ] = None,
+    export: Annotated[
+        str | None, typer.Option(help="write the labels to this file too, for another tool")
+    ] = None,
+    kind: Annotated[
+        str | None,
+        typer.Option(
+            "--as",
+            help="csv, jsonl, datasets (Parquet with a ClassLabel), label-studio or image-folder; by the "
+            "file's suffix if not given",
+        ),
+    ] = None,
+    served: Annotated[
+        bool, typer.Option("--served", help="with --export: the labels that are there, none are made")
+    ] = False,
+    suggest: Annotated[
+        int | None,
+        typer.Option(min=1, help="instead: so many images to label next, uncertain ones unlike each other"),
+    ] = None,
+    suspects: Annotated[
+        bool, typer.Option("--suspects", help="instead: which of --labels are probably wrong, ranked")
+    ] = False,
     as_json: Annotated[bool, typer.Option("--json", help="print the summary on stdout")] = False,
 ) -> None:
     """Label every image without running the model again."""
     set_up_logging(verbose=False)
     from pipeline.config import LabelConfig
+    from pipeline.errors import ConfigError
+    from pipeline.labels.exports import check_kind, export_labels
     from pipeline.labels.make import make_labels
     from pipeline.load_config import load_section, open_output, read_mapping
 
+    export_kind = None if export is None else check_kind(export, kind)
+    if export is None and (served or kind):
+        raise ConfigError("--export: name the file that labels are to be written to")
     given: dict[str, Any] = {"method": method, "labels": labels, "reference": reference}
     if coarser is not None:
         given["coarser"] = read_mapping(coarser, "--map")
     given = {name: value for name, value in given.items() if value is not None}
     config = load_section(LabelConfig, overrides or (), "label", given)
     place = open_output(output)
-    summary = make_labels(place, config)
-    if as_json:
-        typer.echo(json.dumps(summary))
-    _tell(place, summary)
+    if suggest is not None or suspects:
+        summary = _look(place, config, suggest)
+        if as_json:
+            typer.echo(json.dumps(summary))
+        return
+    if not served:
+        summary = make_labels(place, config)
+        if as_json:
+            typer.echo(json.dumps(summary))
+        _tell(place, summary)
+    if export is not None and export_kind is not None:
+        num_rows = export_labels(place, export, export_kind, place.options_for(export))
+        console.print(f"exported {num_rows:,} rows: {escape(export)}", highlight=False)
+
+
+def _look(place: Storage, config: LabelConfig, suggest: int | None) -> dict[str, Any]:
+    """What is to be labelled next, or looked at again."""
+    from pipeline.labels import suggest as suggestions
+    from pipeline.labels import suspects
+    from pipeline.load_config import storage_options_of
+
+    options = storage_options_of("input", shared=False)
+    if suggest is not None:
+        summary = suggestions.suggest(place, config, suggest, options)
+        folder, files = suggestions.FOLDER, (suggestions.FILE, suggestions.SHEET)
+        found = f"{summary['suggestions']:,} images to label next"
+    else:
+        summary = suspects.find_suspects(place, config, options)
+        folder, files = suspects.FOLDER, (suspects.FILE, suspects.SHEET)
+        found = f"{summary['flagged']:,} of {summary['labelled']:,} labels are probably wrong"
+    paths = [place.url(f"{folder}/{summary['version']}/{name}") for name in files]
+    console.print(f"{found}\nlist: {escape(paths[0])}\npage: {escape(paths[1])}", highlight=False)
+    return summary
 
 
 def _tell(place: Storage, summary: dict[str, Any]) -> None:

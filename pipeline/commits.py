@@ -10,7 +10,7 @@ from __future__ import annotations
 import dataclasses
 import json
 from collections import defaultdict
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cached_property
@@ -21,6 +21,7 @@ from pipeline.storage import STAGING, Storage
 
 COMMITS, EMBEDDINGS, REJECTS = "commits", "embeddings", "rejects"
 _READ_THREADS = 16
+_STREAMED = 64  # records at once
 
 
 @dataclass(frozen=True)
@@ -104,6 +105,13 @@ class CommitLog:
         with ThreadPoolExecutor(_READ_THREADS) as pool:
             self._records.update(zip(missing, pool.map(self._read_one, missing), strict=True))
         return [self._records[stem] for stem in wanted]
+
+    def stream(self, stems: Iterable[str]) -> Iterator[Commit]:
+        """The records of `stems`, in sorted order, a few at a time: none is kept, so any number fits."""
+        wanted = sorted(stems)
+        with ThreadPoolExecutor(_READ_THREADS) as pool:
+            for start in range(0, len(wanted), _STREAMED):
+                yield from pool.map(self._read_one, wanted[start : start + _STREAMED])
 
     def _read_one(self, stem: str) -> Commit:
         path = f"{COMMITS}/{stem}.json"

@@ -62,7 +62,7 @@ def tables(output: Storage, columns: Sequence[str], rows: int) -> Iterator[tuple
     A column that a file does not have is left out.
     """
     log = CommitLog(output)
-    for commit in log.read(log.live):
+    for commit in log.stream(log.live):
         with output.local_copy(commit.embeddings.path) as path, pq.ParquetFile(path) as file:
             names = [name for name in dict.fromkeys(columns) if name in file.schema_arrow.names]
             for batch in file.iter_batches(rows, columns=names):

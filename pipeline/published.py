@@ -31,7 +31,7 @@ def _drop_old(output: Storage, folder: str, served: str, keep: int) -> None:
     """
     paths = [info.path.split("/") for info in output.find(folder)]
     whole = sorted(path[1] for path in paths if path[2:] == [SUMMARY])
-    for name in {path[1] for path in paths if len(path) == 3}:
+    for name in {path[1] for path in paths if len(path) == 3 and path[1][:1].isdigit()}:  # no other folder
         if name < whole[-keep:][0] and name != served:
             output.delete_folder(f"{folder}/{name}")
 

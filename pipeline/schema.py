@@ -124,6 +124,18 @@ LABELS = pa.schema(
     ]
 )
 
+SUSPECTS = pa.schema(
+    [
+        pa.field("rank", pa.int64(), nullable=False),  # from 1, the most suspicious
+        pa.field(IMAGE_ID, pa.string(), nullable=False),
+        pa.field("given", pa.string(), nullable=False),
+        pa.field("suggested", pa.string(), nullable=False),  # the likeliest other class
+        pa.field("p_given", pa.float32(), nullable=False),
+        pa.field("p_suggested", pa.float32(), nullable=False),
+        pa.field("flagged", pa.bool_(), nullable=False),  # probably wrong, by confident learning
+    ]
+)
+
 TRUTH = pa.schema(
     [
         pa.field("query", pa.int64(), nullable=False),  # faiss id of an indexed row

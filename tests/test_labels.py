@@ -316,8 +316,8 @@ def test_images_whose_label_is_known_can_keep_it(made: Made, tmp_path: Path) -> 
     [
         ({"thresholds": {"cat": 0.5}}, ConfigError, "label.thresholds: there is no class cat; the classes"),
         ({"coarser": {"cat": "mammal"}}, ConfigError, "label.coarser: there is no class cat"),
-        ({"method": "neighbours"}, ConfigError, "labels by neighbours need images whose label is known"),
-        ({"method": "probe"}, ConfigError, "labels by probe need images"),
+        ({"method": "neighbours"}, ConfigError, "label.labels: this needs images whose label is known"),
+        ({"method": "probe"}, ConfigError, "needs images whose label is known"),
         ({"labels": "colour"}, InputError, "no column colour"),
         ({"method": "probe", "labels": "ONE"}, InputError, "fewer than two classes"),
         ({"method": "probe", "labels": "SINGLES"}, InputError, "one image of each class alone"),

@@ -58,6 +58,7 @@ def make_labels(output: Storage, config: LabelConfig) -> dict[str, Any]:
         "unknown": counts[UNKNOWN] if UNKNOWN not in rule.labels else None,
         "labels": dict(counts.most_common()),
         "classes": len(rule.labels),
+        "label_names": rule.labels,
         **ready.facts,
         "config": config.model_dump(mode="json"),
         "fingerprint": fingerprint.digest,

@@ -33,6 +33,9 @@ from pipeline.search import Searcher
 from pipeline.storage import Storage, parent_and_name
 
 PROBE = "probe.safetensors"
+_LEAST_OF_A_CLASS = 50  # where rows are drawn
+
+Numbers = npt.NDArray[np.int64]
 
 
 class Method(Protocol):
@@ -65,17 +68,22 @@ def open_known(output: Storage, fingerprint: Fingerprint, config: LabelConfig) -
     return open_labels(config.labels, require_fingerprint(place), place)
 
 
+def open_wanted(output: Storage, fingerprint: Fingerprint, config: LabelConfig) -> LabelSource:
+    """The labels that `label.labels` names. Raises ConfigError where it names none."""
+    return _wanted(None if config.labels is None else open_known(output, fingerprint, config))
+
+
 def _reference(output: Storage, config: LabelConfig) -> Storage:
     if config.reference is None:
         return output
     return Storage(config.reference, output.options_for(config.reference))
 
 
-def _wanted(known: LabelSource | None, config: LabelConfig) -> LabelSource:
+def _wanted(known: LabelSource | None) -> LabelSource:
     if known is None:
         raise ConfigError(
-            f"label.labels: labels by {config.method} need images whose label is known; name a .csv, "
-            ".jsonl or .parquet file with image_id and label, a metadata column of the output, or folder"
+            "label.labels: this needs images whose label is known; name a .csv, .jsonl or .parquet file "
+            "with image_id and label, a metadata column of the output, or folder"
         )
     return known
 
@@ -94,7 +102,7 @@ def _head(
             "the head can be calibrated by labels of its own classes alone"
         )
     label = labels.as_classes(classes)
-    rows, logits = _chosen(output, label, ("logits",), logits_of, config)
+    rows, logits = chosen_rows(output, label, ("logits",), logits_of, config)
     if len(rows) < LEAST_ROWS:
         raise InputError(
             f"label.labels: {len(rows)} images of {output.uri} with all their logits have a label, a "
@@ -107,10 +115,10 @@ def _head(
 def _neighbours(
     output: Storage, fingerprint: Fingerprint, known: LabelSource | None, config: LabelConfig
 ) -> Ready:
-    known, place = _wanted(known, config), _reference(output, config)
+    known, place = _wanted(known), _reference(output, config)
     if config.reference is not None:
         check_alike(output, fingerprint, place, "label.reference")
-    labels, classes = _read_classes(place, known)
+    labels, classes = read_classes(place, known)
     searcher = Searcher(place)
     by_faiss_id = classes_by_faiss_id(place, labels.as_classes(classes), searcher)
     num_labelled = int((by_faiss_id != NO_CLASS).sum())
@@ -128,12 +136,12 @@ def _probe(
         folder, name = parent_and_name(config.probe)
         with Storage(folder, output.options_for(config.probe)).local_copy(name) as path:
             return Ready(Probe.read(path, fingerprint.digest), {"probe": config.probe})
-    known, place = _wanted(known, config), _reference(output, config)
+    known, place = _wanted(known), _reference(output, config)
     if config.reference is not None:
         check_alike(output, fingerprint, place, "label.reference")
-    labels, classes = _read_classes(place, known)
+    labels, classes = read_classes(place, known)
     label = labels.as_classes(classes)
-    rows, vectors = _chosen(place, label, ("embedding",), _vectors_of, config)
+    rows, vectors = chosen_rows(place, label, ("embedding",), vectors_of, config)
     vectors, chosen = vectors.astype(np.float32), label[rows]
     whole = np.isfinite(vectors).all(axis=1)
     vectors, chosen = vectors[whole], chosen[whole]
@@ -161,7 +169,7 @@ def _probe(
 METHODS: dict[str, Callable[..., Ready]] = {"head": _head, "neighbours": _neighbours, "probe": _probe}
 
 
-def _read_classes(place: Storage, known: LabelSource) -> tuple[Labels, list[str]]:
+def read_classes(place: Storage, known: LabelSource) -> tuple[Labels, list[str]]:
     labels = read_labels(place, known)
     if not labels.names:
         raise InputError(
@@ -170,22 +178,32 @@ def _read_classes(place: Storage, known: LabelSource) -> tuple[Labels, list[str]
     return labels, class_order(set(labels.names))
 
 
-def _vectors_of(table: pa.Table) -> npt.NDArray[Any]:
+def vectors_of(table: pa.Table) -> npt.NDArray[Any]:
     return matrix(table.column("embedding"))
 
 
-def _chosen(
+def _drawn(rows: Numbers, label: Ids, config: LabelConfig) -> Numbers:
+    """At most `label.most_labelled` rows at random, but some of every class."""
+    if len(rows) <= config.most_labelled:
+        return rows
+    kinds, keys = label[rows], np.random.default_rng(config.seed).permutation(len(rows))
+    order = np.lexsort((keys, kinds))
+    place_in_class = np.empty(len(rows), np.int64)
+    place_in_class[order] = np.arange(len(rows)) - np.searchsorted(kinds[order], kinds[order])
+    least = min(_LEAST_OF_A_CLASS, config.most_labelled // len(np.unique(kinds)))
+    keys[place_in_class < least] = -1
+    return np.sort(rows[np.argsort(keys, kind="stable")[: config.most_labelled]])
+
+
+def chosen_rows(
     place: Storage,
     label: Ids,
     columns: tuple[str, ...],
     read: Callable[[pa.Table], npt.NDArray[Any] | None],
     config: LabelConfig,
-) -> tuple[npt.NDArray[np.int64], npt.NDArray[Any]]:
+) -> tuple[Numbers, npt.NDArray[Any]]:
     """Labelled rows, at most `label.most_labelled` by seed, and what `read` takes from each."""
-    rows = np.flatnonzero(label != NO_CLASS)
-    if len(rows) > config.most_labelled:
-        rng = np.random.default_rng(config.seed)
-        rows = np.sort(rng.choice(rows, config.most_labelled, replace=False))
+    rows = _drawn(np.flatnonzero(label != NO_CLASS), label, config)
     there, values, seen = [], [], 0
     for _, table in tables(place, (schema.IMAGE_ID, *columns), VECTOR_ROWS):
         mine = rows[(rows >= seen) & (rows < seen + table.num_rows)]
