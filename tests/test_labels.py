@@ -21,7 +21,7 @@ from pipeline.labels import make as make_module
 from pipeline.labels.cross_validation import interval
 from pipeline.labels.decide import Rule
 from pipeline.labels.make import make_labels
-from pipeline.labels.probe import Probe, train
+from pipeline.labels.probe import SOLVER, Probe, train
 from pipeline.neighbour_quality import TEMPERATURE
 from pipeline.schema import LABELS
 from pipeline.storage import Storage
@@ -239,7 +239,7 @@ def test_a_probe_is_what_scikit_learn_fits(made: Made, tmp_path: Path) -> None:
     some = [n for n, label in enumerate(known) if label is not None]
     x = made.vectors[some]
     mean, scale = x.mean(0), x.std(0) + 1e-6
-    model = LogisticRegression(C=summary["strength"], max_iter=500).fit(
+    model = LogisticRegression(C=summary["strength"], **SOLVER).fit(
         (x - mean) / scale, [known[n] for n in some]
     )
     assert list(model.classes_) == sorted(CLASSES)
@@ -285,7 +285,7 @@ def test_two_classes_and_classes_of_one_image_can_be_probed(made: Made, tmp_path
     vectors = rng.normal(size=(60, 4)).astype(np.float32)
     label = (vectors[:, 0] > 0).astype(np.int32)
     weight, bias = train(vectors, label, 1.0)
-    model = LogisticRegression(C=1.0, max_iter=500).fit(
+    model = LogisticRegression(C=1.0, **SOLVER).fit(
         (vectors - vectors.mean(0)) / (vectors.std(0) + 1e-6), label
     )
     mine = softmax(vectors @ weight.T + bias)
@@ -297,6 +297,18 @@ def test_two_classes_and_classes_of_one_image_can_be_probed(made: Made, tmp_path
     _, summary = labelled(made, method="probe", labels=str(tmp_path / "few.csv"))
     assert summary["trained_on"] == 5
     assert summary["cross_validation"]["judged"] == 4
+
+
+def test_a_class_that_is_nearly_all_there_is_can_be_probed(made: Made, tmp_path: Path) -> None:
+    """Some parts of the cross-validation then train on one class alone."""
+    names = ["ant"] * 40 + ["bee", "bee"]
+    write_labels(tmp_path / "few.csv", [f"a#{n}" for n in range(42)], names)
+    rows, summary = labelled(made, method="probe", labels=str(tmp_path / "few.csv"))
+    assert summary["cross_validation"]["judged"] == 42
+    assert summary["cross_validation"]["accuracy"] > 0.9
+    assert set(column(rows, "label")) <= {"ant", "bee"}
+    weight, bias = train(made.vectors[:5], np.full(5, 2, np.int32), 1.0)
+    assert softmax(made.vectors[:5] @ weight.T + bias).tolist() == [[0, 0, 1]] * 5
 
 
 def test_images_whose_label_is_known_can_keep_it(made: Made, tmp_path: Path) -> None:

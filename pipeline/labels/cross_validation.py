@@ -18,6 +18,7 @@ from pipeline.quality import Ids, per_class
 
 STRENGTHS = (0.001, 0.01, 0.1, 1.0, 10.0)  # inverse regularisation, of standardised embeddings
 CURVE = (0.05, 0.1, 0.2, 0.5, 1.0)  # shares of the labelled rows that the learning curve trains on
+COMPARED_ROWS = 3000  # when strengths are compared
 ALWAYS_TRAINED = -1
 _Z = 1.96  # of a 95 % confidence interval
 
@@ -61,17 +62,24 @@ def cross_validated(vectors_ND: Matrix, label_N: Ids, fold_N: Ids, strength: flo
     return p_NK
 
 
-def choose_strength(vectors_ND: Matrix, label_N: Ids, fold_N: Ids) -> tuple[float, Probabilities]:
-    """The strength with the least cross-entropy of rows that are judged, and their probabilities."""
+def choose_strength(
+    vectors_ND: Matrix, label_N: Ids, fold_N: Ids, seed: int
+) -> tuple[float, Probabilities]:
+    """The strength with the least cross-entropy of rows that are judged, and their probabilities.
+
+    Strengths are compared on a few thousand rows, whatever their number.
+    """
+    some = np.random.default_rng(seed).permutation(len(label_N))[:COMPARED_ROWS]
+    some = some if len(np.unique(label_N[some])) > 1 else np.arange(len(label_N))
+    losses = [_loss(vectors_ND[some], label_N[some], fold_N[some], strength) for strength in STRENGTHS]
+    strength = STRENGTHS[int(np.argmin(losses))]
+    return strength, cross_validated(vectors_ND, label_N, fold_N, strength)
+
+
+def _loss(vectors_ND: Matrix, label_N: Ids, fold_N: Ids, strength: float) -> float:
     judged = np.flatnonzero(fold_N != ALWAYS_TRAINED)
-    best: tuple[float, float, Probabilities] | None = None
-    for strength in STRENGTHS:
-        p_NK = cross_validated(vectors_ND, label_N, fold_N, strength)
-        loss = float(-np.log(np.maximum(p_NK[judged, label_N[judged]], 1e-12)).mean())
-        if best is None or loss < best[0]:
-            best = loss, strength, p_NK
-    assert best is not None
-    return best[1], best[2]
+    p_NK = cross_validated(vectors_ND, label_N, fold_N, strength)
+    return float(-np.log(np.maximum(p_NK[judged, label_N[judged]], 1e-12)).mean())
 
 
 def learning_curve(

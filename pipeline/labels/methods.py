@@ -147,7 +147,7 @@ def _probe(
     vectors, chosen = vectors[whole], chosen[whole]
     check_labelled(chosen, place.uri)
     fold = fold_of(chosen, config.folds, config.seed)
-    strength, p = choose_strength(vectors, chosen, fold)
+    strength, p = choose_strength(vectors, chosen, fold, config.seed)
     weight, bias = train(vectors, chosen, strength)
     missing = len(classes) - len(weight)  # classes whose rows cannot be used
     probe = Probe(

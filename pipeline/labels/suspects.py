@@ -105,7 +105,7 @@ def _train(output: Storage, label: Ids, config: LabelConfig) -> tuple[Folds, Flo
     rows, vectors = chosen_rows(output, label, ("embedding",), vectors_of, config)
     whole = np.isfinite(vectors).all(axis=1)
     rows, vectors = rows[whole], vectors[whole].astype(np.float32)
-    strength, p_NK = choose_strength(vectors, label[rows], fold[rows])
+    strength, p_NK = choose_strength(vectors, label[rows], fold[rows], config.seed)
     weights = np.zeros((config.folds, num_classes, vectors.shape[1]), np.float32)
     biases = np.full((config.folds, num_classes), -1e4, np.float32)
     for number in range(config.folds):
