@@ -26,7 +26,7 @@ from cvt_model.layouts import (
     match_keys,
     transformers_layout,
 )
-from cvt_model.presets import HUB_IDS, PRESETS, TRAINED
+from cvt_model.presets import HUB_IDS, PRESETS, TRAINED, TRAINED_FOLDER
 from cvt_model.weights import (
     Shapes,
     draw_weights,
@@ -146,7 +146,7 @@ def resolve_checkpoint(source: str | os.PathLike[str]) -> Checkpoint:
     if path.is_file():
         return resolve_file(source, path)
     if source in TRAINED:
-        return resolve_directory(source, Path(__file__).parent / "trained" / source)
+        return resolve_directory(source, TRAINED_FOLDER / source)
     if source in PRESETS:
         return resolve_builtin(source)
     if not is_hub_id(source):

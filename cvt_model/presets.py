@@ -5,6 +5,7 @@ What enters: nothing. What leaves: two tables. It must not know tensors, files o
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
@@ -43,7 +44,8 @@ HUB_IDS: Mapping[str, str] = MappingProxyType({name: it.hub_id for name, it in A
 
 
 # Built-in models that were trained: directories of the Hub's layout in trained/, with their cards.
-TRAINED = ("cvt-tiny-cifar10",)
+TRAINED_FOLDER = Path(__file__).parent / "trained"
+TRAINED = tuple(sorted(path.parent.name for path in TRAINED_FOLDER.glob("*/config.json")))
 
 
 @dataclass(frozen=True)

@@ -120,7 +120,7 @@ LABELS = pa.schema(
         pa.field("score", pa.float32(), nullable=False),  # probability of the best class, known or not
         pa.field("margin", pa.float32()),  # score less the next class's; null where that is not known
         pa.field("runner_up", pa.string()),  # the next class; of unknown the best one
-        pa.field("method", pa.string(), nullable=False),  # head, neighbours, probe or given
+        pa.field("method", pa.string(), nullable=False),  # head, neighbours, probe, given or review
     ]
 )
 

@@ -119,6 +119,24 @@ def test_flags_are_confident_learning_s() -> None:
     np.testing.assert_allclose(p_suggested, [0.2, 0.8, 0.4, 0.62, 0.45])
 
 
+def test_a_class_s_only_image_is_neither_judged_nor_suggested_for_others(tmp_path: Path) -> None:
+    output, path, _ = flipped(tmp_path, 200, 0.0)
+    lines = path.read_text().splitlines()
+    path.write_text("\n".join([*lines[:-1], lines[-1].split(",")[0] + ",rare"]) + "\n")
+    summary = find_suspects(output, LabelConfig(labels=str(path)))
+    rows = suspects_of(output).to_pylist()
+    assert summary["labelled"] == len(rows) == 199
+    assert "rare" in summary["classes"]
+    assert "rare" not in {row["suggested"] for row in rows if row["flagged"]}
+    assert summary["flagged"] < 10
+
+
+def test_folds_of_which_no_row_was_drawn_are_judged_too(tmp_path: Path) -> None:
+    output, path, _ = flipped(tmp_path, 400, 0.05)
+    config = LabelConfig(labels=str(path), most_labelled=12, folds=20)
+    assert find_suspects(output, config)["labelled"] == 400
+
+
 def test_folds_share_every_class_and_leave_its_only_image_out() -> None:
     label = np.array([0] * 50 + [1] * 10 + [2] * 3 + [3], np.int32)
     fold = fold_of(label, 5, seed=0)

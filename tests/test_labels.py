@@ -284,7 +284,7 @@ def test_two_classes_and_classes_of_one_image_can_be_probed(made: Made, tmp_path
     rng = np.random.default_rng(0)
     vectors = rng.normal(size=(60, 4)).astype(np.float32)
     label = (vectors[:, 0] > 0).astype(np.int32)
-    weight, bias = train(vectors, label, 1.0)
+    weight, bias = train(vectors, label, 2, 1.0)
     model = LogisticRegression(C=1.0, **SOLVER).fit(
         (vectors - vectors.mean(0)) / (vectors.std(0) + 1e-6), label
     )
@@ -307,7 +307,7 @@ def test_a_class_that_is_nearly_all_there_is_can_be_probed(made: Made, tmp_path:
     assert summary["cross_validation"]["judged"] == 42
     assert summary["cross_validation"]["accuracy"] > 0.9
     assert set(column(rows, "label")) <= {"ant", "bee"}
-    weight, bias = train(made.vectors[:5], np.full(5, 2, np.int32), 1.0)
+    weight, bias = train(made.vectors[:5], np.full(5, 2, np.int32), 3, 1.0)
     assert softmax(made.vectors[:5] @ weight.T + bias).tolist() == [[0, 0, 1]] * 5
 
 

@@ -13,7 +13,7 @@ import numpy as np
 
 from pipeline.errors import InputError
 from pipeline.labels.decide import Probabilities, softmax
-from pipeline.labels.probe import Matrix, train
+from pipeline.labels.probe import Linear, Matrix, train
 from pipeline.quality import Ids, per_class
 
 STRENGTHS = (0.001, 0.01, 0.1, 1.0, 10.0)  # inverse regularisation, of standardised embeddings
@@ -51,39 +51,41 @@ def fold_of(label_N: Ids, folds: int, seed: int) -> Ids:
     return fold_N
 
 
-def cross_validated(vectors_ND: Matrix, label_N: Ids, fold_N: Ids, strength: float) -> Probabilities:
-    """Probabilities (N, K) of each row by a probe that has not seen it; nothing for rows never judged."""
-    p_NK = np.zeros((len(label_N), int(label_N.max()) + 1), np.float32)
-    for fold in np.unique(fold_N[fold_N != ALWAYS_TRAINED]):
+def cross_validated(
+    vectors_ND: Matrix, label_N: Ids, fold_N: Ids, num_classes: int, strength: float
+) -> tuple[Probabilities, dict[int, Linear]]:
+    """Probabilities (N, K) of each row by a probe that has not seen it, and the probe of each fold.
+
+    Nothing for rows that are never judged.
+    """
+    p_NK = np.zeros((len(label_N), num_classes), np.float32)
+    probes = {}
+    for fold in np.unique(fold_N[fold_N != ALWAYS_TRAINED]).tolist():
         judged = fold_N == fold
-        weight_KD, bias_K = train(vectors_ND[~judged], label_N[~judged], strength)
-        p = softmax(vectors_ND[judged] @ weight_KD.T + bias_K)
-        p_NK[np.flatnonzero(judged)[:, None], np.arange(p.shape[1])] = p
-    return p_NK
+        probes[fold] = weight_KD, bias_K = train(
+            vectors_ND[~judged], label_N[~judged], num_classes, strength
+        )
+        p_NK[judged] = softmax(vectors_ND[judged] @ weight_KD.T + bias_K)
+    return p_NK, probes
 
 
-def choose_strength(
-    vectors_ND: Matrix, label_N: Ids, fold_N: Ids, seed: int
-) -> tuple[float, Probabilities]:
-    """The strength with the least cross-entropy of rows that are judged, and their probabilities.
+def choose_strength(vectors_ND: Matrix, label_N: Ids, fold_N: Ids, num_classes: int, seed: int) -> float:
+    """The strength with the least cross-entropy of rows that are judged.
 
     Strengths are compared on a few thousand rows, whatever their number.
     """
     some = np.random.default_rng(seed).permutation(len(label_N))[:COMPARED_ROWS]
-    some = some if len(np.unique(label_N[some])) > 1 else np.arange(len(label_N))
-    losses = [_loss(vectors_ND[some], label_N[some], fold_N[some], strength) for strength in STRENGTHS]
-    strength = STRENGTHS[int(np.argmin(losses))]
-    return strength, cross_validated(vectors_ND, label_N, fold_N, strength)
-
-
-def _loss(vectors_ND: Matrix, label_N: Ids, fold_N: Ids, strength: float) -> float:
+    vectors_ND, label_N, fold_N = vectors_ND[some], label_N[some], fold_N[some]
     judged = np.flatnonzero(fold_N != ALWAYS_TRAINED)
-    p_NK = cross_validated(vectors_ND, label_N, fold_N, strength)
-    return float(-np.log(np.maximum(p_NK[judged, label_N[judged]], 1e-12)).mean())
+    losses = []
+    for strength in STRENGTHS:
+        p_NK, _ = cross_validated(vectors_ND, label_N, fold_N, num_classes, strength)
+        losses.append(-np.log(np.maximum(p_NK[judged, label_N[judged]], 1e-12)).sum())
+    return STRENGTHS[int(np.argmin(losses))]
 
 
 def learning_curve(
-    vectors_ND: Matrix, label_N: Ids, fold_N: Ids, strength: float, seed: int
+    vectors_ND: Matrix, label_N: Ids, fold_N: Ids, num_classes: int, strength: float, seed: int
 ) -> list[dict[str, Any]]:
     """Accuracy by how many rows are trained on: what more labels would bring."""
     rng = np.random.default_rng(seed)
@@ -96,7 +98,7 @@ def learning_curve(
             some = rows[: round(share * len(rows))]
             if len(np.unique(label_N[some])) < 2:
                 continue
-            weight_KD, bias_K = train(vectors_ND[some], label_N[some], strength)
+            weight_KD, bias_K = train(vectors_ND[some], label_N[some], num_classes, strength)
             said = (vectors_ND[judged] @ weight_KD.T + bias_K).argmax(axis=1)
             sizes.append(len(some))
             right += int((said == label_N[judged]).sum())

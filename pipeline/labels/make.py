@@ -1,7 +1,8 @@
 """A version of labels for every committed image of an output: made, written, published.
 
 Enters: an output, and how it is to be labelled. Leaves: `labels/<version>/labels.parquet`, `summary.json`
-and, of a probe, `probe.safetensors`; `labels/CURRENT` names the version, last. Rows stream.
+and, of a probe, `probe.safetensors`; `labels/CURRENT` names the version, last. What people decided in
+reviews goes before all else. Rows stream.
 """
 
 from __future__ import annotations
@@ -18,10 +19,10 @@ from pipeline import schema
 from pipeline.config import LabelConfig
 from pipeline.errors import InputError
 from pipeline.fingerprint import require_fingerprint
-from pipeline.label_source import LabelSource
 from pipeline.labelled_rows import tables
 from pipeline.labels.decide import UNKNOWN, Rule
 from pipeline.labels.methods import METHODS, Method, open_known
+from pipeline.labels.overrides import Overrides
 from pipeline.progress import iso_time
 from pipeline.published import publish
 from pipeline.storage import Storage, unique_name
@@ -29,7 +30,6 @@ from pipeline.storage import Storage, unique_name
 LABELS, FILE = "labels", "labels.parquet"
 MOST_CELLS = 2**22  # probabilities at once
 MOST_ROWS = 4096
-GIVEN = "given"
 
 
 def make_labels(output: Storage, config: LabelConfig) -> dict[str, Any]:
@@ -45,8 +45,9 @@ def make_labels(output: Storage, config: LabelConfig) -> dict[str, Any]:
     method = ready.method
     rule = Rule.of(method.classes, config.coarser, config.threshold, config.thresholds)
     given = known if config.keep_known and config.reference is None else None
+    known_rows = Overrides(output, rule, given, config.coarser)
     version = unique_name()
-    counts = _write(output, f"{LABELS}/{version}/{FILE}", method, rule, given, config)
+    counts = _write(output, f"{LABELS}/{version}/{FILE}", method, rule, known_rows)
     if not counts.total():
         raise InputError(f"{output.uri} has no committed images to label")
     for name, data in ready.files.items():
@@ -58,7 +59,7 @@ def make_labels(output: Storage, config: LabelConfig) -> dict[str, Any]:
         "unknown": counts[UNKNOWN] if UNKNOWN not in rule.labels else None,
         "labels": dict(counts.most_common()),
         "classes": len(rule.labels),
-        "label_names": rule.labels,
+        "label_names": known_rows.names,
         **ready.facts,
         "config": config.model_dump(mode="json"),
         "fingerprint": fingerprint.digest,
@@ -69,40 +70,23 @@ def make_labels(output: Storage, config: LabelConfig) -> dict[str, Any]:
     return summary
 
 
-def _write(
-    output: Storage, path: str, method: Method, rule: Rule, given: LabelSource | None, config: LabelConfig
-) -> Counter[str]:
+def _write(output: Storage, path: str, method: Method, rule: Rule, overrides: Overrides) -> Counter[str]:
     """Write the labels of all images, some at a time; how many have each."""
     counts: Counter[str] = Counter()
     with (
         output.replacing(path) as local,
         pq.ParquetWriter(local, schema.LABELS, compression="zstd") as writer,
     ):
-        for rows in _labelled(output, method, rule, given, config):
+        for rows in _labelled(output, method, rule, overrides):
             writer.write_table(rows)
             found = rows.column("label").combine_chunks().value_counts()
             counts.update(dict(zip(*(found.field(n).to_pylist() for n in (0, 1)), strict=True)))
     return counts
 
 
-def _labelled(
-    output: Storage, method: Method, rule: Rule, given: LabelSource | None, config: LabelConfig
-) -> Iterator[pa.Table]:
+def _labelled(output: Storage, method: Method, rule: Rule, overrides: Overrides) -> Iterator[pa.Table]:
     at_once = max(64, min(MOST_ROWS, MOST_CELLS // max(1, len(method.classes))))
-    columns = (schema.IMAGE_ID, *method.columns, *(given.columns if given else ()))
+    columns = (schema.IMAGE_ID, *method.columns, *overrides.columns)
     for stem, table in tables(output, columns, at_once):
         ids = table.column(schema.IMAGE_ID).combine_chunks()
-        rows = rule.columns(ids, method(table, stem), method.method)
-        yield rows if given is None else _with_given(rows, given.labels_of(table), rule, config)
-
-
-def _with_given(rows: pa.Table, labels: pa.Array, rule: Rule, config: LabelConfig) -> pa.Table:
-    """The rows, those with a known label having that one."""
-    place = {name: number for number, name in enumerate(rule.labels)}
-    values = rows.to_pylist()
-    for row, label in zip(values, labels.to_pylist(), strict=True):
-        if label is not None:
-            name = config.coarser.get(label, label)
-            row |= {"label": name, "label_id": place.get(name, -1), "score": 1.0, "method": GIVEN}
-            row |= {"margin": None, "runner_up": None}
-    return pa.Table.from_pylist(values, schema.LABELS)
+        yield overrides.put_into(rule.columns(ids, method(table, stem), method.method), table)

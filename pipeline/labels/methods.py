@@ -21,7 +21,14 @@ from pipeline.evaluate import check_alike
 from pipeline.fingerprint import Fingerprint, require_fingerprint
 from pipeline.label_source import LabelSource, open_labels
 from pipeline.labelled_rows import NO_CLASS, VECTOR_ROWS, Labels, matrix, read_labels, tables
-from pipeline.labels.cross_validation import check_labelled, choose_strength, fold_of, judge, learning_curve
+from pipeline.labels.cross_validation import (
+    check_labelled,
+    choose_strength,
+    cross_validated,
+    fold_of,
+    judge,
+    learning_curve,
+)
 from pipeline.labels.decide import Probabilities
 from pipeline.labels.head import Head, classes_of, logits_of
 from pipeline.labels.neighbours import Neighbours
@@ -147,21 +154,16 @@ def _probe(
     vectors, chosen = vectors[whole], chosen[whole]
     check_labelled(chosen, place.uri)
     fold = fold_of(chosen, config.folds, config.seed)
-    strength, p = choose_strength(vectors, chosen, fold, config.seed)
-    weight, bias = train(vectors, chosen, strength)
-    missing = len(classes) - len(weight)  # classes whose rows cannot be used
-    probe = Probe(
-        np.pad(weight, ((0, missing), (0, 0))),
-        np.pad(bias, (0, missing), constant_values=-1e4),
-        tuple(classes),
-        fingerprint.digest,
-    )
+    strength = choose_strength(vectors, chosen, fold, len(classes), config.seed)
+    p, _ = cross_validated(vectors, chosen, fold, len(classes), strength)
+    curve = learning_curve(vectors, chosen, fold, len(classes), strength, config.seed)
+    probe = Probe(*train(vectors, chosen, len(classes), strength), tuple(classes), fingerprint.digest)
     facts = {
         "labelled": int((label != NO_CLASS).sum()),
         "trained_on": len(chosen),
         "strength": strength,
         "cross_validation": judge(p, chosen, fold, classes),
-        "learning_curve": learning_curve(vectors, chosen, fold, strength, config.seed),
+        "learning_curve": curve,
     }
     return Ready(probe, facts, {PROBE: probe.to_bytes()})
 

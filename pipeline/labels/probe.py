@@ -27,6 +27,8 @@ _NEVER = -1e4  # a logit
 _HEADER = "cvt-pipeline"
 
 Matrix = npt.NDArray[np.float32]
+Linear = tuple[Matrix, Matrix]
+"""A weight (K, D) and a bias (K,)."""
 
 
 @dataclass(frozen=True)
@@ -75,26 +77,20 @@ class Probe:
         return probe
 
 
-def train(vectors_ND: Matrix, label_N: Ids, strength: float) -> tuple[Matrix, Matrix]:
-    """Weight (K, D) and bias (K,) of a logistic regression over the classes that are there, 0 to K - 1."""
+def train(vectors_ND: Matrix, label_N: Ids, num_classes: int, strength: float) -> Linear:
+    """A logistic regression of standardised embeddings; a class without a row is never said."""
     from sklearn.linear_model import LogisticRegression
 
-    mean_D, scale_D = vectors_ND.mean(axis=0), vectors_ND.std(axis=0) + 1e-6
+    weight_KD = np.zeros((num_classes, vectors_ND.shape[1]), np.float32)
+    bias_K = np.full(num_classes, _NEVER, np.float32)
     if label_N.min() == label_N.max():  # a part of a cross-validation may have one class alone
-        return _always(int(label_N[0]), vectors_ND.shape[1])
+        bias_K[label_N[0]] = 0
+        return weight_KD, bias_K
+    mean_D, scale_D = vectors_ND.mean(axis=0), vectors_ND.std(axis=0) + 1e-6
     fitted = LogisticRegression(C=strength, **SOLVER).fit((vectors_ND - mean_D) / scale_D, label_N)
-    num_classes = int(label_N.max()) + 1
     weight, bias = fitted.coef_, fitted.intercept_
     if len(weight) == 1:  # scikit-learn has one row for two classes
         weight, bias = np.concatenate([-weight, weight]) / 2, np.concatenate([-bias, bias]) / 2
-    weight_KD = np.zeros((num_classes, vectors_ND.shape[1]), np.float32)
-    bias_K = np.full(num_classes, _NEVER, np.float32)  # of a class without a row
     weight_KD[fitted.classes_] = weight / scale_D
     bias_K[fitted.classes_] = bias - (weight / scale_D) @ mean_D
     return weight_KD, bias_K
-
-
-def _always(number: int, dim: int) -> tuple[Matrix, Matrix]:
-    bias_K = np.full(number + 1, _NEVER, np.float32)
-    bias_K[number] = 0
-    return np.zeros((number + 1, dim), np.float32), bias_K

@@ -26,10 +26,16 @@ from pipeline.config import LabelConfig
 from pipeline.errors import ConfigError
 from pipeline.fingerprint import require_fingerprint
 from pipeline.labelled_rows import NO_CLASS, VECTOR_ROWS, tables
-from pipeline.labels.cross_validation import ALWAYS_TRAINED, check_labelled, choose_strength, fold_of
+from pipeline.labels.cross_validation import (
+    ALWAYS_TRAINED,
+    check_labelled,
+    choose_strength,
+    cross_validated,
+    fold_of,
+)
 from pipeline.labels.decide import Probabilities, softmax
 from pipeline.labels.methods import chosen_rows, open_wanted, read_classes, vectors_of
-from pipeline.labels.probe import Matrix, train
+from pipeline.labels.probe import Linear, train
 from pipeline.labels.sheet import MOST, sheet
 from pipeline.progress import iso_time
 from pipeline.published import publish
@@ -38,9 +44,10 @@ from pipeline.storage import Storage, unique_name
 
 FOLDER, FILE, SHEET = "labels/suspects", "suspects.parquet", "suspects.html"
 _ROWS = 65_536
+_NEVER = 2.0  # a probability
 
-Folds = tuple[Matrix, Matrix]
-"""Weights (F, K, D) and biases (F, K) of the probes, each trained without its fold."""
+Folds = dict[int, Linear]
+"""The probes, each trained without the rows of its fold."""
 
 
 @dataclass(frozen=True)
@@ -105,24 +112,22 @@ def _train(output: Storage, label: Ids, config: LabelConfig) -> tuple[Folds, Flo
     rows, vectors = chosen_rows(output, label, ("embedding",), vectors_of, config)
     whole = np.isfinite(vectors).all(axis=1)
     rows, vectors = rows[whole], vectors[whole].astype(np.float32)
-    strength, p_NK = choose_strength(vectors, label[rows], fold[rows], config.seed)
-    weights = np.zeros((config.folds, num_classes, vectors.shape[1]), np.float32)
-    biases = np.full((config.folds, num_classes), -1e4, np.float32)
-    for number in range(config.folds):
-        unseen = fold[rows] != number
-        weight_KD, bias_K = train(vectors[unseen], label[rows][unseen], strength)
-        weights[number, : len(weight_KD)], biases[number, : len(bias_K)] = weight_KD, bias_K
-    own = p_NK[np.arange(len(rows)), label[rows]]
-    count = np.bincount(label[rows], minlength=num_classes)
-    mean_K = np.bincount(label[rows], weights=own, minlength=num_classes) / np.maximum(count, 1)
-    return (weights, biases), mean_K.astype(np.float32), fold
+    given, folds = label[rows], fold[rows]
+    strength = choose_strength(vectors, given, folds, num_classes, config.seed)
+    p_NK, probes = cross_validated(vectors, given, folds, num_classes, strength)
+    for number in set(range(config.folds)) - set(probes):  # of which no row was drawn
+        probes[number] = train(vectors, given, num_classes, strength)
+    judged = np.flatnonzero(folds != ALWAYS_TRAINED)
+    own = np.bincount(given[judged], weights=p_NK[judged, given[judged]], minlength=num_classes)
+    count = np.bincount(given[judged], minlength=num_classes)
+    usual_K = np.where(count > 0, own / np.maximum(count, 1), _NEVER)
+    return probes, usual_K.astype(np.float32), fold
 
 
 def _judge(
     output: Storage, label: Ids, fold: Ids, probes: Folds, thresholds_K: Floats
 ) -> tuple[Judged, pa.ChunkedArray]:
     """Every labelled row, in the order of the files, and their ids."""
-    weights, biases = probes
     parts: list[tuple[npt.NDArray[Any], ...]] = []
     ids: list[pa.Array] = []
     seen = 0
@@ -135,7 +140,8 @@ def _judge(
         p_NK = np.zeros((len(given), len(thresholds_K)), np.float32)
         for number in np.unique(folds):
             mine = folds == number
-            p_NK[mine] = softmax(vectors[mine] @ weights[number].T + biases[number])
+            weight_KD, bias_K = probes[int(number)]
+            p_NK[mine] = softmax(vectors[mine] @ weight_KD.T + bias_K)
         parts.append((given, *_held_against(given, p_NK, thresholds_K)))
         ids += table.column(schema.IMAGE_ID).filter(pa.array(usable)).chunks
     return Judged(*(np.concatenate(part) for part in zip(*parts, strict=True))), pa.chunked_array(ids)

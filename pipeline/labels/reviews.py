@@ -1,0 +1,82 @@
+"""What people decided of labels: kept as it was said, and what holds of it now.
+
+Enters: decisions. Leaves: `labels/reviews/<time>.json`, a file for what was said at once, created whole and
+never changed, so that a killed server loses none. An undo is said as well; it takes back the last decision
+on an image that still holds.
+"""
+
+from __future__ import annotations
+
+import json
+from collections import defaultdict
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass, fields
+from typing import Any, Literal, get_args
+
+from pipeline.errors import OutputError
+from pipeline.storage import Storage, unique_name
+
+FOLDER = "labels/reviews"
+_READ_THREADS = 16
+
+Action = Literal["accept", "reject", "relabel", "undo"]
+
+
+@dataclass(frozen=True)
+class Decision:
+    """What somebody said of an image's label.
+
+    `label` is the one that is right from then on: what was accepted, or what it was changed to; None where
+    it was rejected, or where a decision was undone. `before` is the label that was shown.
+    """
+
+    image_id: str
+    action: Action
+    label: str | None
+    before: str | None = None
+    reviewer: str = ""
+    at: str = ""
+
+    def __post_init__(self) -> None:
+        if self.action not in get_args(Action):
+            raise ValueError(f"action: found {self.action!r}; allowed: {', '.join(get_args(Action))}")
+        if (self.label is None) != (self.action in ("reject", "undo")):
+            raise ValueError(f"label: found {self.label!r} of {self.action}")
+
+
+def record(output: Storage, decisions: Sequence[Decision]) -> None:
+    """Keep what was said at once; it is durable when this returns."""
+    text = json.dumps([asdict(decision) for decision in decisions], ensure_ascii=False)
+    output.create(f"{FOLDER}/{unique_name()}.json", text.encode())
+
+
+def read_decisions(output: Storage) -> Iterator[Decision]:
+    """Every decision, in the order in which they were said."""
+    paths = [info.path for info in output.find(FOLDER) if info.path.endswith(".json")]
+    with ThreadPoolExecutor(_READ_THREADS) as pool:
+        for path, data in zip(paths, pool.map(output.read_bytes, paths), strict=True):
+            yield from _parsed(output, path, data)
+
+
+def standing(output: Storage) -> dict[str, Decision]:
+    """What holds now, by image: the last decision that was not undone."""
+    said: dict[str, list[Decision]] = defaultdict(list)
+    for decision in read_decisions(output):
+        if decision.action != "undo":
+            said[decision.image_id].append(decision)
+        elif said[decision.image_id]:
+            said[decision.image_id].pop()
+    return {image_id: decisions[-1] for image_id, decisions in said.items() if decisions}
+
+
+def _parsed(output: Storage, path: str, data: bytes) -> list[Decision]:
+    names = {field.name for field in fields(Decision)}
+    try:
+        values: list[dict[str, Any]] = json.loads(data)
+        return [Decision(**{name: value[name] for name in names}) for value in values]
+    except (ValueError, KeyError, TypeError) as error:
+        raise OutputError(
+            f"{output.url(path)}: not a record of reviews ({error!r}); restore the file, or delete it to "
+            "go on without what it says"
+        ) from error
