@@ -18,7 +18,7 @@ os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
 
 LONGEST_FIRST = (
     *("cluster", "s3", "s3_faults", "faults", "kills", "poison", "increments", "cli", "extract"),
-    *("scale", "demo", "bench_run"),
+    *("finetune", "odd_images", "scale", "demo", "bench_run", "finetune_training", "nightly"),
 )
 
 

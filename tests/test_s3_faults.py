@@ -37,6 +37,7 @@ def assert_undisturbed(s3, name, config, undisturbed, log):
     assert verified.returncode == 0, verified.stderr
 
 
+@pytest.mark.slow
 def test_of_two_runs_at_the_same_instant_one_works_and_the_other_names_it(
     s3, many, undisturbed, tmp_path, tiny_model
 ):
