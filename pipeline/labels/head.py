@@ -23,7 +23,7 @@ COLUMNS = ("label_id", "score", "logits", "top_ids", "top_logits")
 def classes_of(fingerprint: Fingerprint, uri: str) -> list[str]:
     """The classifier's classes by their ids. Raises InputError where the model has no classifier."""
     named = {int(number): name for number, name in fingerprint.model_config.get("id2label", {}).items()}
-    if not fingerprint.columns.get("head", True) or not named:
+    if not named:
         raise InputError(f"label.method: the model of {uri} has no classifier; use neighbours or probe")
     return [named.get(number, f"LABEL_{number}") for number in range(max(named) + 1)]
 

@@ -68,6 +68,7 @@ class Ready:
 
 
 def open_known(output: Storage, fingerprint: Fingerprint, config: LabelConfig) -> LabelSource:
+    """The labels that `label.labels` names, of the output's images or the reference's."""
     assert config.labels is not None
     if config.reference is None:
         return open_labels(config.labels, fingerprint, output)
@@ -101,9 +102,8 @@ def _head(
     classes = classes_of(fingerprint, output.uri)
     if known is None:
         return Ready(Head(classes))
-    place = {name: number for number, name in reversed(list(enumerate(classes)))}
     labels = read_labels(output, known)
-    if not set(labels.names) & set(place):
+    if not set(labels.names) & set(classes):
         raise InputError(
             f"label.labels: none of these labels is a class of the model ({', '.join(labels.names[:5])}); "
             "the head can be calibrated by labels of its own classes alone"
