@@ -50,6 +50,11 @@ class LocalFolder:
     def read_bytes(self, relative: str) -> bytes:
         return self._at(relative).read_bytes()
 
+    def read_range(self, relative: str, start: int, size: int) -> bytes:
+        with self.open(relative) as file:
+            file.seek(start)
+            return file.read(size)
+
     @contextlib.contextmanager
     def local_copy(self, relative: str) -> Iterator[Path]:
         yield self._at(relative)

@@ -39,6 +39,51 @@ def read_samples(work: Work, options: ReadOptions) -> Iterator[Sample]:
         raise ShardError(f"not readable to its end: {error}") from error
 
 
+def read_keys(work: Work, options: ReadOptions) -> Iterator[str]:
+    """The key of every row, in their order: the id column's value, else the row's number."""
+    folder, name = parent_and_name(work.shard.uri)
+    try:
+        with Storage(folder, options.storage_options).open(name) as file:
+            parquet = pq.ParquetFile(file, pre_buffer=False, buffer_size=_BUFFER_BYTES)
+            if options.id_column is None:
+                yield from map(str, range(parquet.metadata.num_rows))
+                return
+            number = 0
+            for batch in parquet.iter_batches(columns=[options.id_column]):
+                for value in batch.column(0).to_pylist():
+                    yield str(number) if value is None else safe_text(str(value))
+                    number += 1
+    except (pa.ArrowException, ValueError, OverflowError, *storage_errors()) as error:
+        raise ShardError(f"not readable to its end: {error}") from error
+
+
+def read_image(work: Work, row: int, options: ReadOptions) -> bytes | None:
+    """The encoded image of one row, from its own row group alone; None where it has none."""
+    folder, name = parent_and_name(work.shard.uri)
+    try:
+        with Storage(folder, options.storage_options).open(name) as file:
+            parquet = pq.ParquetFile(file, pre_buffer=False, buffer_size=_BUFFER_BYTES)
+            column = find_image_column(parquet.schema_arrow, name, options.image_column)
+            for group in range(parquet.num_row_groups):
+                rows = parquet.metadata.row_group(group).num_rows
+                if row < rows:
+                    return _nth_image(parquet.iter_batches(_BATCH_ROWS, [group], [column]), row)
+                row -= rows
+    except (pa.ArrowException, InputError, ValueError, OverflowError, *storage_errors()) as error:
+        raise ShardError(f"not readable: {error}") from error
+    return None
+
+
+def _nth_image(batches: Iterator[pa.RecordBatch], row: int) -> bytes | None:
+    for batch in batches:
+        if row < len(batch):
+            image: Any = batch.column(0)[row].as_py()
+            data: bytes | None = image["bytes"] if isinstance(image, dict) else image
+            return data
+        row -= len(batch)
+    return None
+
+
 def _batch_rows(parquet: pq.ParquetFile) -> int:
     """Rows that are about as many bytes as a chunk may have, by the file's own account."""
     groups = [parquet.metadata.row_group(n) for n in range(parquet.metadata.num_row_groups)]

@@ -15,7 +15,7 @@ from __future__ import annotations
 import gzip
 import tarfile
 import zlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from functools import cache
 from typing import Any, BinaryIO, cast
@@ -102,15 +102,30 @@ class _ForwardFile:
         return self._position
 
 
-def read_samples(work: Work, options: ReadOptions) -> Iterator[Sample | Amendment]:
-    """Samples in the archive's order, then amendments. Raises ShardError for a damaged archive."""
+ReadMember = Callable[[tarfile.TarFile, tarfile.TarInfo], bytes | None]
+
+
+def content(archive: tarfile.TarFile, member: tarfile.TarInfo) -> bytes:
+    """The bytes of a member that is a file."""
+    file = archive.extractfile(member)
+    assert file is not None
+    return file.read()
+
+
+def read_samples(
+    work: Work, options: ReadOptions, *, read: ReadMember = content
+) -> Iterator[Sample | Amendment]:
+    """Samples in the archive's order, then amendments. Raises ShardError for a damaged archive.
+
+    `read` gives what stands for an image in its sample's data.
+    """
     folder, name = parent_and_name(work.shard.uri)
     prefix = f"{safe_text(work.shard.name)}#"
     try:
         with Storage(folder, options.storage_options).open(name) as file:
             zipped = not name.lower().endswith(".tar")
             stream = cast(BinaryIO, gzip.GzipFile(fileobj=file)) if zipped else file
-            yield from _Grouper(prefix, options).group(_members(_ForwardFile(stream), options))
+            yield from _Grouper(prefix, options).group(_members(_ForwardFile(stream), options, read))
     except (
         tarfile.TarError,
         zlib.error,
@@ -124,7 +139,7 @@ def read_samples(work: Work, options: ReadOptions) -> Iterator[Sample | Amendmen
         raise ShardError(f"not readable to its end: {error or type(error).__name__}") from error
 
 
-def _members(stream: _ForwardFile, options: ReadOptions) -> Iterator[_Sample]:
+def _members(stream: _ForwardFile, options: ReadOptions, read: ReadMember) -> Iterator[_Sample]:
     """The archive's members of interest, gathered while they stand together."""
     current: _Sample | None = None
     with tarfile.open(fileobj=cast(BinaryIO, stream), mode="r:") as archive:
@@ -141,7 +156,7 @@ def _members(stream: _ForwardFile, options: ReadOptions) -> Iterator[_Sample]:
             if column:
                 current.metadata[extension] = _text(archive, member, options)
             elif image:
-                current.images.append(_image(archive, member, extension, options))
+                current.images.append(_image(archive, member, extension, options, read))
     if current is not None:
         yield current
     _check_end(stream)
@@ -239,7 +254,11 @@ def _text(archive: tarfile.TarFile, member: tarfile.TarInfo, options: ReadOption
 
 
 def _image(
-    archive: tarfile.TarFile, member: tarfile.TarInfo, extension: str, options: ReadOptions
+    archive: tarfile.TarFile,
+    member: tarfile.TarInfo,
+    extension: str,
+    options: ReadOptions,
+    read: ReadMember,
 ) -> _Image:
     if not member.isfile():
         message = f"the member is a link to {member.linkname}, not a file"
@@ -248,6 +267,4 @@ def _image(
         limit = f"over limits.max_image_bytes = {options.max_image_bytes:,}, not read"
         message = f"{member.size:,} bytes are {limit}"
         return _Image(extension, None, "too_large", message, member.size)
-    file = archive.extractfile(member)
-    assert file is not None
-    return _Image(extension, file.read(), size_bytes=member.size)
+    return _Image(extension, read(archive, member), size_bytes=member.size)

@@ -86,6 +86,10 @@ class RemoteFolder:
     def read_bytes(self, relative: str) -> bytes:
         return self._retried(relative, lambda: cast(bytes, self.fs.cat_file(self.path(relative))))
 
+    def read_range(self, relative: str, start: int, size: int) -> bytes:
+        place, end = self.path(relative), start + size
+        return self._retried(relative, lambda: cast(bytes, self.fs.cat_file(place, start=start, end=end)))
+
     @contextlib.contextmanager
     def local_copy(self, relative: str) -> Iterator[Path]:
         with _temporary() as local:

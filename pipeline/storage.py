@@ -180,6 +180,11 @@ class Storage:
         with self.failures(relative):
             return self._folder.read_bytes(relative)
 
+    def read_range(self, relative: str, start: int, size: int) -> bytes:
+        """`size` bytes from `start` on, or what the file has of them."""
+        with self.failures(relative):
+            return self._folder.read_range(relative, start, size)
+
     def local_copy(self, relative: str) -> AbstractContextManager[Path]:
         """The file on this machine, for as long as it is needed: itself where it is local."""
         return self._folder.local_copy(relative)

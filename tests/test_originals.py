@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import io
 import json
 import tarfile
@@ -39,6 +40,16 @@ def originals_of(folder: Path, shard: Shard, columns: dict[str, str | None] | No
     return Originals(output)
 
 
+def shard_at(path: Path, layout: str) -> Shard:
+    facts = Storage(str(path.parent)).info(path.name)
+    return Shard(path.name, str(path), layout, facts.size, facts.version)
+
+
+@pytest.fixture(autouse=True)
+def own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+
+
 @pytest.fixture
 def images(tmp_path: Path) -> Shard:
     folder = tmp_path / "in"
@@ -72,7 +83,7 @@ def test_a_member_is_read_from_its_archive_and_none_comes_of_a_damaged_one(tmp_p
             info = tarfile.TarInfo(name)
             info.size = len(data)
             archive.addfile(info, io.BytesIO(data))
-    shard = Shard("a.tar", str(path), "webdataset", path.stat().st_size)
+    shard = shard_at(path, "webdataset")
     originals = originals_of(tmp_path, shard)
 
     assert originals.read("a.tar", "x/1") == ONE
@@ -85,7 +96,7 @@ def test_a_member_is_read_from_its_archive_and_none_comes_of_a_damaged_one(tmp_p
 def test_a_row_is_read_from_its_parquet_file(tmp_path: Path, id_column: str | None, key: str) -> None:
     path = tmp_path / "a.parquet"
     pq.write_table(pa.table({"image": [ONE, TWO], "id": ["first", "second"]}), path)
-    shard = Shard("a.parquet", str(path), "parquet", path.stat().st_size)
+    shard = shard_at(path, "parquet")
     originals = originals_of(tmp_path, shard, {"image_column": "image", "id_column": id_column})
 
     assert originals.read("a.parquet", key) == TWO
@@ -100,3 +111,55 @@ def test_a_manifests_image_is_read_by_its_uri(tmp_path: Path, images: Shard) -> 
 
     assert originals.read("images-abc", "in/one.png") == ONE
     assert originals.read("images-abc", members[1].path) == TWO
+
+
+def write_tar(path: Path, members: list[tuple[str, bytes]]) -> Shard:
+    with tarfile.open(path, "w:gz" if path.suffix == ".tgz" else "w") as archive:
+        for name, data in members:
+            info = tarfile.TarInfo(name)
+            info.size = len(data)
+            archive.addfile(info, io.BytesIO(data))
+    return shard_at(path, "webdataset")
+
+
+@pytest.mark.parametrize("name", ["a.tar", "a.tgz"])
+def test_keys_that_interleave_or_have_several_images_are_found_by_their_final_key(
+    tmp_path: Path, name: str
+) -> None:
+    members = [("x.png", ONE), ("y.png", TWO), ("x.jpg", TWO), ("x.json", b"{}"), ("ü/z.png", ONE)]
+    originals = originals_of(tmp_path, write_tar(tmp_path / name, members))
+
+    assert originals.read(name, "x.png") == ONE
+    assert originals.read(name, "x.jpg") == TWO
+    assert originals.read(name, "y") == TWO
+    assert originals.read(name, "ü/z") == ONE
+
+
+def test_an_image_that_was_replaced_is_not_the_one_of_that_hash(tmp_path: Path) -> None:
+    shard = write_tar(tmp_path / "a.tar", [("x.png", ONE)])
+    originals = originals_of(tmp_path, shard)
+    assert originals.read("a.tar", "x") == ONE
+    write_tar(tmp_path / "a.tar", [("w.png", ONE), ("x.png", TWO)])
+    assert originals.read("a.tar", "x") == TWO
+    assert originals.read("a.tar", "x", hashlib.sha256(ONE).digest()) is None
+    assert originals.read("a.tar", "w", hashlib.sha256(ONE).digest()) == ONE
+
+
+def test_a_member_costs_its_own_bytes_once_the_places_are_known(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shard = write_tar(tmp_path / "a.tar", [(f"{n}.png", ONE) for n in range(50)])
+    assert originals_of(tmp_path, shard).read("a.tar", "7") == ONE
+    monkeypatch.setattr(Storage, "open", None)  # going through the archive would need it
+    assert originals_of(tmp_path / "again", shard).read("a.tar", "31") == ONE
+
+
+def test_a_row_of_a_later_row_group_is_read(tmp_path: Path) -> None:
+    path = tmp_path / "a.parquet"
+    images = pa.array([{"bytes": ONE if n % 2 else TWO, "path": None} for n in range(20)])
+    pq.write_table(pa.table({"image": images, "id": [None, *map(str, range(101, 120))]}), path, 3)
+    originals = originals_of(tmp_path, shard_at(path, "parquet"), {"id_column": "id"})
+    assert originals.read("a.parquet", "0") == TWO
+    assert originals.read("a.parquet", "111") == ONE
+    assert originals.read("a.parquet", "112") == TWO
+    assert originals.read("a.parquet", "1") is None

@@ -7,24 +7,21 @@ SHA-256, so a copy in the local cache is right for ever.
 
 from __future__ import annotations
 
-import contextlib
 import os
 import shutil
-import time
 import uuid
 from dataclasses import dataclass
 from pathlib import Path
 
 from cvt_model.cache import cache_folder
 from pipeline.errors import SearchError
+from pipeline.local_cache import PARTIAL, make_room
 from pipeline.storage import Storage, sha256_of
 
 INDEX, CURRENT = "index", "index/CURRENT"
 VECTORS, BUILD, LEASE = f"{INDEX}/_vectors", f"{INDEX}/_build", f"{INDEX}/_lease"
 CACHE_BYTES = 50_000_000_000
 CACHE_VARIABLE = "CVT_PIPELINE_INDEX_CACHE"
-_PARTIAL = ".tmp-"
-_ABANDONED_S = 86_400.0
 
 
 @dataclass(frozen=True)
@@ -72,8 +69,8 @@ def _cached(output: Storage, file: FileRef) -> tuple[Path, bool]:
         os.utime(path)
         return path, True
     folder.mkdir(parents=True, exist_ok=True)
-    _make_room(folder, file.size_bytes)
-    partial = folder / f"{_PARTIAL}{uuid.uuid4().hex}"
+    make_room(folder, file.size_bytes, CACHE_BYTES)
+    partial = folder / f"{PARTIAL}{uuid.uuid4().hex}"
     try:
         with output.open(file.path) as source, partial.open("wb") as target:
             shutil.copyfileobj(source, target, 1 << 20)
@@ -83,24 +80,3 @@ def _cached(output: Storage, file: FileRef) -> tuple[Path, bool]:
     finally:
         partial.unlink(missing_ok=True)
     return path, True
-
-
-def _make_room(folder: Path, size_bytes: int) -> None:
-    """Delete what was used longest ago, until the cache with a new file keeps its limit.
-
-    A file that another process has open or mapped stays readable to it; what one is downloading is left to
-    it, unless it has long been dead.
-    """
-    known: list[tuple[float, int, Path]] = []
-    for entry in folder.iterdir():
-        with contextlib.suppress(FileNotFoundError):  # another process makes room too
-            facts = entry.stat()
-            if not entry.name.startswith(_PARTIAL) or facts.st_mtime < time.time() - _ABANDONED_S:
-                known.append((facts.st_mtime, facts.st_size, entry))
-    known.sort()
-    total = size_bytes + sum(size for _, size, _ in known)
-    for _, size, entry in known:
-        if total <= CACHE_BYTES:
-            return
-        entry.unlink(missing_ok=True)
-        total -= size
