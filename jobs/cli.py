@@ -16,7 +16,7 @@ from jobs.common import run_verb
 
 VERBS = (
     *("classify", "run", "extract", "plan", "status", "verify", "index", "search", "label", "dedup"),
-    *("evaluate", "finetune", "convert", "demo", "bench"),
+    *("serve", "evaluate", "finetune", "convert", "demo", "bench"),
 )
 
 

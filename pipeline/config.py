@@ -8,7 +8,15 @@ from __future__ import annotations
 import re
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PlainSerializer, model_validator
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    PlainSerializer,
+    SecretStr,
+    model_validator,
+)
 
 from cvt_model.choices import BackendName, EmbeddingKind, Precision
 from cvt_model.image_file import DEFAULT_MAX_PIXELS
@@ -269,6 +277,30 @@ class LabelConfig(Section):
         20_000, ge=10, description="labelled images that a probe or a calibration looks at, drawn by seed"
     )
     seed: int = Field(0, ge=0, description="of all that is drawn at random")
+
+
+class ServeConfig(Section):
+    """The page on which people search, look and review."""
+
+    host: str = Field(
+        "127.0.0.1", min_length=1, description="address; any but this machine's own needs a token"
+    )
+    port: int = Field(8080, ge=0, le=65535, description="0: any that is free")
+    token: SecretStr | None = Field(
+        None, description="what visitors must know; on other addresses than this machine's one is drawn"
+    )
+    names: tuple[str, ...] = Field(
+        (), description="host names, beside the address, by which the page may be asked for"
+    )
+    allow_urls: bool = Field(False, description="search by images behind URLs, of public addresses alone")
+    max_upload_bytes: int = Field(20_000_000, ge=1, description="of an image to search by")
+    max_upload_pixels: int = Field(50_000_000, ge=1, description="of an image to search by")
+    upload_timeout_s: float = Field(30, gt=0, description="in which a request must have arrived")
+    where_timeout_s: float = Field(10, gt=0, description="that a filter may take")
+    thumbnail_bytes: Memory = Field(2_000_000_000, description="of thumbnails kept on this machine's disk")
+    refresh_s: float = Field(
+        30, gt=0, description="after which new rows, labels and an index are looked for"
+    )
 
 
 class Config(Section):

@@ -9,12 +9,13 @@ from __future__ import annotations
 
 from bisect import bisect_right
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
@@ -23,6 +24,7 @@ from cvt_model.checkpoint import Checkpoint, resolve_checkpoint
 from cvt_model.errors import CheckpointError, ImageError
 from cvt_model.image_decoder import decode_image
 from cvt_model.image_file import DEFAULT_MAX_PIXELS
+from cvt_model.image_processor import CvtImageProcessor
 from pipeline import schema
 from pipeline.commits import EMBEDDINGS
 from pipeline.errors import FingerprintError, SearchError
@@ -149,6 +151,11 @@ class Searcher:
         some = slice(first, first + shard.num_vectors)
         return self._names[some], self._faiss_ids[some]
 
+    def id_batches(self, rows: int) -> Iterator[tuple[list[str], Ids]]:
+        """The indexed images, some at a time: their ids, and their faiss ids."""
+        for start in range(0, len(self._faiss_ids), rows):
+            yield self._names.slice(start, rows).to_pylist(), self._faiss_ids[start : start + rows]
+
     @property
     def image_ids(self) -> list[str]:
         """Every indexed image, in the index's order."""
@@ -196,14 +203,22 @@ class Searcher:
 
     def embed(self, data: bytes) -> Vectors:
         """The embedding (D,) of an encoded image, as the output's own were made."""
-        checkpoint, fingerprint = self._origin
+        processor, fast = self.preprocessing
         try:
-            image = decode_image(
-                data, checkpoint.processor, DEFAULT_MAX_PIXELS, fast=fingerprint.fast_decode
-            )
+            image = decode_image(data, processor, DEFAULT_MAX_PIXELS, fast=fast)
         except ImageError as error:
             raise SearchError(f"the query is not a usable image: {error.message}") from error
-        return self._model(image.pixels[None]).embedding[0]  # type: ignore[no-any-return]
+        return self.embed_pixels(image.pixels)
+
+    @property
+    def preprocessing(self) -> tuple[CvtImageProcessor, bool]:
+        """How images become pixels for `embed_pixels`, and whether by the fast way."""
+        checkpoint, fingerprint = self._origin
+        return checkpoint.processor, fingerprint.fast_decode
+
+    def embed_pixels(self, pixels: npt.NDArray[np.uint8]) -> Vectors:
+        """The embedding (D,) of pixels (H, W, 3) that were decoded by `preprocessing`."""
+        return self._model(pixels[None]).embedding[0]  # type: ignore[no-any-return]
 
     @cached_property
     def _origin(self) -> tuple[Checkpoint, Fingerprint]:

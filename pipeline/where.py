@@ -11,7 +11,7 @@ import itertools
 import json
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor, wait
 from functools import partial
 from typing import Any
@@ -30,6 +30,7 @@ _SETTINGS = """
     SET autoload_known_extensions = false; SET autoinstall_known_extensions = false;
     SET python_enable_replacements = false; SET lock_configuration = true
 """
+_ROW = "number_of_the_row"
 _THREADS, _AHEAD, _GRACE_S, _POLL_S = 8, 32, 2.0, 0.05
 _EXAMPLE = "it takes one boolean expression over the columns: --where \"label = 'cat' AND width > 500\""
 _CHANGE_IT = "use TRY_CAST where a value may not convert; if a file is damaged, cvt-pipeline verify tells"
@@ -67,8 +68,7 @@ def matching_ids(
     Raises SearchError for what is not one boolean expression over the columns, fails at a row, or takes
     more than `timeout_s`, reading the files' footers not counted; StorageError for a file out of reach.
     """
-    connection = duckdb.connect(":memory:")
-    connection.execute(_SETTINGS)
+    connection = _connect()
     named = _columns_in(connection, expression)
     with ThreadPoolExecutor(_THREADS) as pool:
         opened = list(pool.map(lambda path: _read(output, path), commit_files))
@@ -76,7 +76,38 @@ def matching_ids(
     if not files:
         return pa.chunked_array([], pa.string())
     tables = _tables(output, list(files), _unify(list(files.values()), named))
-    return _query(timeout_s, connection, expression, tables)
+    return _query(timeout_s, connection, expression, tables, IMAGE_ID)
+
+
+def columns_in(expression: str) -> set[str]:
+    """The columns that an expression names; SearchError where it is not one boolean expression."""
+    return _columns_in(_connect(), expression)
+
+
+def matching_rows(
+    tables: Callable[[Sequence[str]], Iterator[pa.Table]], expression: str, *, timeout_s: float = 30.0
+) -> pa.ChunkedArray:
+    """The numbers (int64), from 0 on, of the rows of some tables for which `expression` is true.
+
+    `tables` gives them with the columns that are asked for, those that it names. Raises SearchError as
+    `matching_ids` does.
+    """
+    connection = _connect()
+    named = sorted(_columns_in(connection, expression))
+
+    def numbered() -> Iterator[pa.Table]:
+        start = 0
+        for table in tables(named):
+            yield table.append_column(_ROW, pa.array(range(start, start + len(table)), pa.int64()))
+            start += len(table)
+
+    return _query(timeout_s, connection, expression, numbered(), _ROW)
+
+
+def _connect() -> DuckDBPyConnection:
+    connection = duckdb.connect(":memory:")
+    connection.execute(_SETTINGS)
+    return connection
 
 
 def _refusal(reason: str, remedy: str = _EXAMPLE) -> SearchError:
@@ -187,14 +218,20 @@ def _query(timeout_s: float, connection: DuckDBPyConnection, *work: Any) -> pa.C
 
 
 def _evaluate(
-    stop: threading.Event, connection: DuckDBPyConnection, expression: str, tables: Iterator[pa.Table]
+    stop: threading.Event,
+    connection: DuckDBPyConnection,
+    expression: str,
+    tables: Iterator[pa.Table],
+    wanted: str,
 ) -> pa.ChunkedArray:
-    ids: list[pa.Array] = []
+    """The `wanted` column of the rows for which the expression is true."""
+    kind_wanted = pa.int64() if wanted == _ROW else pa.string()
+    found: list[pa.Array] = []
     for rows in itertools.takewhile(lambda _: not stop.is_set(), tables):
         connection.register("rows", rows)
         kind = str(connection.sql(f"SELECT ({expression}\n) FROM rows").types[0])
         if kind != "BOOLEAN":
             raise _refusal(f"is of type {kind}, not BOOLEAN")
-        found = connection.sql(f"SELECT {IMAGE_ID} FROM rows WHERE ({expression}\n)").to_arrow_table()
-        ids += found.column(0).cast(pa.string()).chunks
-    return pa.chunked_array(ids, pa.string())
+        chosen = connection.sql(f"SELECT {wanted} FROM rows WHERE ({expression}\n)").to_arrow_table()
+        found += chosen.column(0).cast(kind_wanted).chunks
+    return pa.chunked_array(found, kind_wanted)

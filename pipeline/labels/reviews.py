@@ -9,9 +9,10 @@ from __future__ import annotations
 
 import json
 from collections import defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, fields
+from itertools import chain
 from typing import Any, Literal, get_args
 
 from pipeline.errors import OutputError
@@ -45,29 +46,45 @@ class Decision:
             raise ValueError(f"label: found {self.label!r} of {self.action}")
 
 
-def record(output: Storage, decisions: Sequence[Decision]) -> None:
-    """Keep what was said at once; it is durable when this returns."""
+def record(output: Storage, decisions: Sequence[Decision]) -> str:
+    """Keep what was said at once; it is durable when this returns its file's path."""
     text = json.dumps([asdict(decision) for decision in decisions], ensure_ascii=False)
-    output.create(f"{FOLDER}/{unique_name()}.json", text.encode())
+    path = f"{FOLDER}/{unique_name()}.json"
+    output.create(path, text.encode())
+    return path
 
 
 def read_decisions(output: Storage) -> Iterator[Decision]:
     """Every decision, in the order in which they were said."""
-    paths = [info.path for info in output.find(FOLDER) if info.path.endswith(".json")]
+    return chain.from_iterable(decisions for _, decisions in read_files(output, list_files(output)))
+
+
+def list_files(output: Storage) -> list[str]:
+    """The files of decisions, in the order in which they were said."""
+    return [info.path for info in output.find(FOLDER) if info.path.endswith(".json")]
+
+
+def read_files(output: Storage, paths: Sequence[str]) -> Iterator[tuple[str, list[Decision]]]:
+    """Some files of decisions with what they say. Raises OutputError for one that is damaged."""
     with ThreadPoolExecutor(_READ_THREADS) as pool:
         for path, data in zip(paths, pool.map(output.read_bytes, paths), strict=True):
-            yield from _parsed(output, path, data)
+            yield path, _parsed(output, path, data)
 
 
 def standing(output: Storage) -> dict[str, Decision]:
     """What holds now, by image: the last decision that was not undone."""
+    return hold(read_decisions(output))
+
+
+def hold(decisions: Iterable[Decision]) -> dict[str, Decision]:
+    """What holds of decisions in their order."""
     said: dict[str, list[Decision]] = defaultdict(list)
-    for decision in read_decisions(output):
+    for decision in decisions:
         if decision.action != "undo":
             said[decision.image_id].append(decision)
         elif said[decision.image_id]:
             said[decision.image_id].pop()
-    return {image_id: decisions[-1] for image_id, decisions in said.items() if decisions}
+    return {image_id: left[-1] for image_id, left in said.items() if left}
 
 
 def _parsed(output: Storage, path: str, data: bytes) -> list[Decision]:

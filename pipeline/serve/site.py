@@ -1,0 +1,128 @@
+"""All that a server holds: the output, what of it is served now, and what it makes for itself.
+
+Enters: an output and the configuration. Leaves: rows as the page shows them. `refresh` moves on to what
+runs have added meanwhile; a request keeps the view with which it began.
+"""
+
+from __future__ import annotations
+
+import base64
+import logging
+import math
+from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from datetime import date, datetime, time, timedelta
+from decimal import Decimal
+from pathlib import Path
+from typing import Any
+
+from cvt_model.cache import cache_folder
+from pipeline import schema
+from pipeline.config import ServeConfig
+from pipeline.errors import PipelineError
+from pipeline.fingerprint import require_fingerprint
+from pipeline.originals import Originals
+from pipeline.serve.batcher import Batcher
+from pipeline.serve.live import View, state_of
+from pipeline.serve.review_book import ReviewBook
+from pipeline.serve.thumbnails import Thumbnails
+from pipeline.serve.uploads import Uploads
+from pipeline.storage import Storage
+
+_OURS = ("image_id", "shard", "key", "width", "height", "format", "sha256", "label", "label_id", "score")
+
+logger = logging.getLogger(__name__)
+
+
+class Site:
+    """An output, open for visitors. Raises ConfigError where it is none."""
+
+    def __init__(
+        self,
+        output: Storage,
+        config: ServeConfig,
+        input_options: Mapping[str, Any],
+        cache: Path | None = None,
+    ) -> None:
+        require_fingerprint(output)
+        self.output, self.config = output, config
+        self._cache = cache or cache_folder() / "serve"
+        self._input_options = input_options
+        self.pool = ThreadPoolExecutor(1, "search")  # FAISS has threads of its own
+        self.reviews = ReviewBook(output)
+        self.uploads = Uploads(self._cache / "uploads", config.max_upload_pixels)
+        self._open(self._next_view())
+
+    def refresh(self) -> bool:
+        """Serve what there is now; whether that is anything new. What fails is told in the log alone."""
+        try:
+            self.reviews.refresh()
+            if state_of(self.output) == self.view.state:
+                return False
+            view = self._next_view()
+        except (PipelineError, OSError) as error:
+            logger.warning("what is new cannot be served yet: %s", error)
+            return False
+        self._open(view)
+        logger.info("serving %s rows, index %s, labels %s", f"{len(view.catalogue):,}", *view.state[1:])
+        return True
+
+    def close(self) -> None:
+        """End what runs beside this process."""
+        self.uploads.close()
+        self.pool.shutdown(wait=False)
+
+    def images(self, rows: Sequence[int], scores: Sequence[float] | None = None) -> list[dict[str, Any]]:
+        """Rows as the page shows them, with the cosines that they were found by."""
+        view, shown = self.view, []
+        for number, (row, values) in enumerate(zip(rows, view.catalogue.get(rows), strict=True)):
+            label, label_score = view.label_of(row)
+            decision = self.reviews.of(values[schema.IMAGE_ID])
+            image = {
+                "image_id": values[schema.IMAGE_ID],
+                "shard": values.get("shard"),
+                "key": values.get("key"),
+                "label": label,
+                "label_score": plain(label_score),
+                "width": values.get("width"),
+                "height": values.get("height"),
+                "format": values.get("format"),
+                "sha256": plain(values.get("sha256")),
+                "metadata": {name: plain(it) for name, it in values.items() if name not in _OURS},
+                "decision": None
+                if decision is None
+                else {"action": decision.action, "label": decision.label, "reviewer": decision.reviewer},
+            }
+            if scores is not None:
+                image["score"] = float(scores[number])
+            shown.append(image)
+        return shown
+
+    def _next_view(self) -> View:
+        return View(self.output, self._cache / "views", self.config.where_timeout_s)
+
+    def _open(self, view: View) -> None:
+        originals = Originals(self.output, self._input_options)
+        self.thumbnails = Thumbnails(originals, self._cache / "thumbnails", self.config.thumbnail_bytes)
+        self.batcher = Batcher(view.searcher.search, self.pool) if view.has_index else None
+        self.view = view
+
+
+def plain(value: Any) -> Any:
+    """A cell of a row as JSON can say it."""
+    match value:
+        case float():
+            return value if math.isfinite(value) else None
+        case bytes():
+            return value.hex() if len(value) <= 64 else base64.b64encode(value).decode()
+        case datetime() | date() | time():
+            return value.isoformat()
+        case Decimal() | timedelta():
+            return str(value)
+        case dict():
+            return {str(name): plain(inner) for name, inner in value.items()}
+        case list() | tuple():
+            return [plain(inner) for inner in value]
+        case None | bool() | int() | str():
+            return value
+    return str(value)

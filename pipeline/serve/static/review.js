@@ -1,0 +1,161 @@
+// Review: a label's images as a grid, the least sure first; a decision is kept before it is shown.
+
+import { Refused, get, post } from "/static/api.js";
+import { card, element, notice, number, percent } from "/static/dom.js";
+
+const SHOWN = { open: "open", decided: "decided", all: "all" };
+const done = []; // what was decided on this page, for undo: lists of ids
+let grid = null;
+let labels = [];
+let reload = () => {};
+let busy = false;
+
+export async function show(main, parameters, { addressOf, go, signal }) {
+  const counts = await get("/api/labels", [], signal);
+  labels = counts.labels.map((entry) => entry.label);
+  const label = parameters.get("label") ?? labels[0];
+  const shown = parameters.get("show") in SHOWN ? parameters.get("show") : "open";
+  const address = (name, what) => addressOf("review", [["label", name], ["show", what === "open" ? "" : what]]);
+  reload = () => go(address(label, shown));
+  const list = element("ul", { class: "choices", tabindex: "0", "aria-label": "Labels" }, counts.labels.map((entry) =>
+    element("li", {}, element("a", { href: address(entry.label, shown), "aria-current": entry.label === label && "true" },
+      element("span", { class: "name", title: entry.label }, entry.label),
+      element("span", { class: "count" }, `${number(entry.decided)} / ${number(entry.count)}`)))));
+  const sidebar = element("aside", { "aria-label": "Labels" },
+    element("details", { open: true }, element("summary", {}, "Labels (decided / all)"), list),
+    element("label", { class: "field" }, "Your name", element("input", { type: "text", id: "reviewer", maxlength: "100",
+      value: localStorage.getItem("reviewer") ?? "", autocomplete: "off",
+      onchange: (event) => localStorage.setItem("reviewer", event.target.value) })));
+  main.className = "";
+  if (label === undefined) {
+    main.replaceChildren(sidebar, element("p", {}, "There are no labels."));
+    return;
+  }
+  const page = await get("/api/review", [["label", label], ["show", shown]], signal);
+  grid = element("ul", { class: "grid", id: "review" });
+  page.images.forEach(put);
+  const views = element("div", { class: "row", role: "group", "aria-label": "Which images" }, Object.keys(SHOWN).map((what) =>
+    element("a", { class: "button", href: address(label, what), "aria-current": what === shown && "true" }, what)));
+  const tools = element("div", { class: "row", role: "toolbar", "aria-label": "Decide" },
+    tool("Accept", "a", () => decide("accept")), tool("Reject", "x", () => decide("reject")),
+    tool("Change …", "c", change), tool("Undo", "u", undo),
+    element("button", { type: "button", onclick: acceptAll }, "Accept all shown"));
+  const next = element("button", { type: "button", onclick: reload }, "Next images");
+  main.replaceChildren(sidebar, element("section", { "aria-label": "Images" },
+    element("h1", {}, `${label}: ${number(page.total)} ${shown === "all" ? "images" : shown}`), views,
+    element("h2", {}, "Decide"), tools, element("p", { class: "dim" }, "On the image with the focus, or on those chosen with the space bar."),
+    grid, element("p", { class: "center" }, page.images.length ? next : "Nothing is left here.")));
+  grid.querySelector("[data-card]")?.focus();
+}
+
+function put(image) {
+  const item = card(image, { href: "#", numberText: percent(image.label_score),
+    extra: element("span", { class: "verdict" }) });
+  const link = item.querySelector("[data-card]");
+  link.addEventListener("click", (event) => { event.preventDefault(); toggle(item); link.focus(); });
+  link.setAttribute("role", "button");
+  link.setAttribute("aria-pressed", "false");
+  mark(item, image);
+  grid.append(item);
+}
+
+function mark(item, image) {
+  item.image = image;
+  const place = item.querySelector(".card");
+  const words = { accept: "accepted", reject: "rejected", relabel: `now ${image.decision?.label}` };
+  if (image.decision) place.dataset.action = image.decision.action; else delete place.dataset.action;
+  place.classList.toggle("accept", image.decision?.action === "accept");
+  place.classList.toggle("reject", image.decision?.action === "reject");
+  item.querySelector(".verdict").textContent = image.decision ? words[image.decision.action] : "";
+}
+
+function tool(text, key, action) {
+  return element("button", { type: "button", onclick: action, "aria-keyshortcuts": key }, text, " ", element("kbd", {}, key));
+}
+
+function toggle(item) {
+  const on = item.querySelector(".card").classList.toggle("chosen");
+  item.querySelector("[data-card]").setAttribute("aria-pressed", String(on));
+}
+
+const items = () => [...grid.children];
+let last = null; // the image that had the focus, when a button was pressed
+document.addEventListener("focusin", (event) => { const item = event.target.closest?.("#review > li"); if (item) last = item; });
+
+function targets() {
+  const chosen = items().filter((item) => item.querySelector(".chosen"));
+  if (chosen.length) return chosen;
+  return last && items().includes(last) ? [last] : [];
+}
+
+async function say(decisions) {
+  const answer = await post("/api/review", { decisions, reviewer: localStorage.getItem("reviewer") ?? "" });
+  for (const image of answer.images) {
+    const item = items().find((other) => other.image.image_id === image.image_id);
+    if (item) mark(item, image);
+  }
+}
+
+async function carefully(action) {
+  if (busy) return;
+  busy = true;
+  try { await action(); } catch (error) {
+    if (!(error instanceof Refused)) throw error;
+    notice(error.message);
+  } finally { busy = false; }
+}
+
+function decide(action, label = undefined, on = targets()) {
+  if (!on.length) { notice("Choose an image first."); return; }
+  carefully(async () => {
+    await say(on.map((item) => ({ image_id: item.image.image_id, action, ...(label ? { label } : {}) })));
+    done.push(on.map((item) => item.image.image_id));
+    on.forEach((item) => { if (item.querySelector(".chosen")) toggle(item); });
+    const next = items()[items().indexOf(on[on.length - 1]) + 1];
+    (next ?? on[on.length - 1]).querySelector("[data-card]").focus();
+  });
+}
+
+const acceptAll = () => decide("accept", undefined, items().filter((item) => !item.image.decision));
+
+function undo() {
+  const ids = done.pop();
+  if (!ids) { notice("Nothing was decided on this page yet."); return; }
+  carefully(async () => {
+    try { await say(ids.map((id) => ({ image_id: id, action: "undo" }))); } catch (error) { done.push(ids); throw error; }
+    const item = items().find((other) => other.image.image_id === ids[0]);
+    item?.querySelector("[data-card]").focus();
+    notice(ids.length === 1 ? "Undone." : `Undone: ${number(ids.length)} decisions.`);
+  });
+}
+
+function change() {
+  const on = targets();
+  if (!on.length) { notice("Choose an image first."); return; }
+  const dialog = document.getElementById("help");
+  const input = element("input", { type: "text", id: "new-label", list: "known-labels", required: true, maxlength: "512",
+    autocomplete: "off" });
+  const submit = (event) => {
+    event.preventDefault();
+    dialog.close();
+    decide("relabel", input.value.trim(), on);
+  };
+  dialog.replaceChildren(element("form", { onsubmit: submit },
+    element("label", { class: "field" }, on.length === 1 ? "The right label" : `The right label of ${on.length} images`, input),
+    element("datalist", { id: "known-labels" }, labels.map((name) => element("option", { value: name }))),
+    element("div", { class: "row center" }, element("button", { type: "submit", class: "primary" }, "Change"),
+      element("button", { type: "button", onclick: () => dialog.close() }, "Cancel"))));
+  dialog.showModal();
+  input.focus();
+}
+
+// Whether a key meant something here.
+export function key(event) {
+  const action = { a: () => decide("accept"), x: () => decide("reject"), c: change, u: undo }[event.key];
+  const item = document.activeElement.closest?.("#review > li");
+  if (event.key === " " && item) toggle(item);
+  else if (action) action();
+  else return false;
+  event.preventDefault();
+  return true;
+}
