@@ -8,6 +8,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Callable
 from concurrent.futures import Executor
+from dataclasses import dataclass, field
 
 import numpy as np
 
@@ -19,36 +20,40 @@ Found = tuple[Vectors, Ids]
 Search = Callable[[Vectors, int], Found]
 
 
+@dataclass
+class _Lot:
+    """Searches that are asked together; `found` is the answer to all of them."""
+
+    vectors: list[Vectors] = field(default_factory=list)
+    k: int = 0
+    found: asyncio.Task[Found] | None = None
+
+
 class Batcher:
     """`search(vectors (Q, D), k)` for one vector after the other, from one event loop."""
 
     def __init__(self, search: Search, pool: Executor) -> None:
         self._search, self._pool = search, pool
-        self._waiting: list[tuple[Vectors, int, asyncio.Future[Found]]] = []
-        self._task: asyncio.Task[None] | None = None
+        self._gathering: _Lot | None = None
+        self._turn = asyncio.Lock()
 
     async def __call__(self, vector: Vectors, k: int) -> Found:
         """Cosines (k,) and faiss ids (k,) of the nearest, best first."""
-        future: asyncio.Future[Found] = asyncio.get_running_loop().create_future()
-        self._waiting.append((vector, k, future))
-        if self._task is None or self._task.done():
-            self._task = asyncio.create_task(self._work())
-        return await future
+        lot = self._gathering
+        if lot is None or len(lot.vectors) == _MOST:
+            lot = self._gathering = _Lot()
+            lot.found = asyncio.create_task(self._ask(lot))
+        place = len(lot.vectors)
+        lot.vectors.append(vector)
+        lot.k = max(lot.k, k)
+        assert lot.found is not None
+        scores, ids = await asyncio.shield(lot.found)  # a visitor who leaves takes nobody along
+        return scores[place, :k], ids[place, :k]
 
-    async def _work(self) -> None:
-        loop = asyncio.get_running_loop()
-        while self._waiting:
-            lot, self._waiting = self._waiting[:_MOST], self._waiting[_MOST:]
-            vectors = np.stack([vector for vector, _, _ in lot])
-            try:
-                scores, ids = await loop.run_in_executor(
-                    self._pool, self._search, vectors, max(k for _, k, _ in lot)
-                )
-            except Exception as error:  # each who waits is told; none is left waiting
-                for _, _, future in lot:
-                    if not future.done():
-                        future.set_exception(error)
-                continue
-            for (_, k, future), row, found in zip(lot, scores, ids, strict=True):
-                if not future.done():
-                    future.set_result((row[:k], found[:k]))
+    async def _ask(self, lot: _Lot) -> Found:
+        async with self._turn:
+            if self._gathering is lot:
+                self._gathering = None
+            vectors = np.stack(lot.vectors)
+            loop = asyncio.get_running_loop()
+            return await loop.run_in_executor(self._pool, self._search, vectors, lot.k)
