@@ -77,6 +77,8 @@ def label(
     export_kind = None if export is None else check_kind(export, kind)
     if export is None and (served or kind):
         raise ConfigError("--export: name the file that labels are to be written to")
+    if suspects and suggest is not None:
+        raise ConfigError("--suggest, --suspects: one question at a time; run label twice")
     given: dict[str, Any] = {"method": method, "labels": labels, "reference": reference}
     if coarser is not None:
         given["coarser"] = read_mapping(coarser, "--map")

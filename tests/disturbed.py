@@ -1,35 +1,17 @@
 """What the tests that disturb runs share: a corpus that takes a while, processes, and how to end them."""
 
-import os
-import shutil
 import subprocess
 import time
 from pathlib import Path
 
 import numpy as np
 import pytest
-from filelock import FileLock
 
 from tests.conftest import encode, make_image
-from tests.running import CLI, make_config, rows_of, run, write_config, write_tar
+from tests.running import CLI, made_once, make_config, rows_of, run, write_config, write_tar
 
 RAY_AGENTS = ("ray::RuntimeEnvAgent", "ray::DashboardAgent", "gone")
 NUM_TARS, TAR_IMAGES = 12, 16
-
-
-def made_once(tmp_path_factory, name, make):
-    """A folder made by whichever of the session's processes asks first, and read by all of them."""
-    root = tmp_path_factory.getbasetemp()
-    if "PYTEST_XDIST_WORKER" in os.environ:
-        root = root.parent
-    folder, made = root / name, root / f"{name}.made"
-    with FileLock(root / f"{name}.lock"):
-        if not made.exists():
-            shutil.rmtree(folder, ignore_errors=True)
-            folder.mkdir()
-            make(folder)
-            made.touch()
-    return folder
 
 
 @pytest.fixture(scope="module")

@@ -16,13 +16,23 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import pytest
+
 from tests.labelled_images import pictures
-from tests.running import CLI, cli, make_config, run, write_tar
+from tests.running import CLI, cli, made_once, make_config, run, write_tar
 
 _BAD = ("<script>alert(1)</script>", "'; DROP TABLE rows; --", "\r\nX-Evil: 1", "ü/日本/../..%2f")
 
 
-def make_output(folder: Path, checkpoint: Path, count: int = 60) -> Path:
+NUM_IMAGES = 61
+
+
+def served_output(tmp_path_factory: pytest.TempPathFactory, checkpoint: Path) -> Path:
+    """`make_output`, once for all processes of the session; who changes it makes a copy."""
+    return made_once(tmp_path_factory, "served", lambda folder: make_output(folder, checkpoint)) / "out"
+
+
+def make_output(folder: Path, checkpoint: Path, count: int = NUM_IMAGES - 1) -> Path:
     """An output of two tars with labels, an index and groups of duplicates; its metadata is not kind."""
     made = pictures(count)
     members: list[tuple[str, bytes]] = []

@@ -17,6 +17,7 @@ from pipeline.labels import cross_validation
 from pipeline.labels.cross_validation import ALWAYS_TRAINED, fold_of
 from pipeline.labels.make import make_labels
 from pipeline.labels.methods import chosen_rows, vectors_of
+from pipeline.labels.reviews import Decision, record
 from pipeline.labels.suggest import suggest
 from pipeline.labels.suspects import _held_against, find_suspects
 from pipeline.schema import SUSPECTS
@@ -261,3 +262,24 @@ def test_the_command_shows_the_images(
     page = (tmp_path / "out/labels/suggestions" / version / "suggestions.html").read_text()
     assert page.count("data:image/jpeg") == 2
     assert {row["image_id"] for row in suggestions_of(Storage(str(tmp_path / "out")))} == set(names[10:])
+
+
+def test_what_was_reviewed_is_not_suggested(tmp_path: Path) -> None:
+    vectors, kinds = clusters(60)
+    output = empty_output(tmp_path / "out", CLASSES)
+    commit_vectors(output, "a", vectors)
+    write_labels(tmp_path / "labels.csv", [f"a#{n}" for n in range(30)], [CLASSES[k] for k in kinds[:30]])
+    config = LabelConfig(method="probe", labels=str(tmp_path / "labels.csv"))
+    record(output, [Decision(f"a#{n}", "accept", CLASSES[0]) for n in range(30, 45)])
+    record(output, [Decision("a#30", "undo", None)])
+
+    suggest(output, config, 100)
+
+    names = {row["image_id"] for row in suggestions_of(output)}
+    assert names == {"a#30", *(f"a#{n}" for n in range(45, 60))}
+
+
+def test_two_questions_at_once_are_refused(tmp_path: Path) -> None:
+    done = cli("label", tmp_path, "--suggest", "5", "--suspects")
+    assert done.returncode == 2
+    assert "one question at a time" in done.stderr

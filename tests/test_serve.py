@@ -20,14 +20,12 @@ from pipeline.search import Searcher
 from pipeline.storage import Storage
 from tests.labelled_images import pictures
 from tests.running import cli, make_config, run, write_tar
-from tests.serving import Server, make_output, serving
-
-NUM_IMAGES = 61
+from tests.serving import NUM_IMAGES, Server, served_output, serving
 
 
 @pytest.fixture(scope="module")
 def output(tmp_path_factory: pytest.TempPathFactory, tiny_model: Path) -> Path:
-    return make_output(tmp_path_factory.mktemp("served"), tiny_model)
+    return served_output(tmp_path_factory, tiny_model)
 
 
 @pytest.fixture(scope="module")

@@ -49,7 +49,9 @@ def test_a_search_that_fails_is_told_to_each_and_the_next_one_goes_on():
     async def ask():
         with ThreadPoolExecutor(1) as pool:
             batcher = Batcher(search, pool)
-            failed = await asyncio.gather(*(batcher(0 * ROWS[0], 3) for _ in range(5)), return_exceptions=True)
+            failed = await asyncio.gather(
+                *(batcher(0 * ROWS[0], 3) for _ in range(5)), return_exceptions=True
+            )
             return failed, await batcher(ROWS[3], 1)
 
     failed, (_, ids) = asyncio.run(ask())

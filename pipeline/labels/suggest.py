@@ -19,6 +19,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
+import pyarrow.compute as pc
 
 from pipeline import schema
 from pipeline.config import LabelConfig
@@ -29,6 +30,7 @@ from pipeline.label_source import LabelSource
 from pipeline.labelled_rows import VECTOR_ROWS, tables
 from pipeline.labels.decide import Rule
 from pipeline.labels.methods import METHODS, Method, open_known, vectors_of
+from pipeline.labels.reviews import standing
 from pipeline.labels.sheet import sheet
 from pipeline.progress import iso_time
 from pipeline.published import publish
@@ -72,7 +74,8 @@ def suggest(
     known = None if config.labels is None else open_known(output, fingerprint, config)
     ready = METHODS[config.method](output, fingerprint, known, config)
     own = known if config.reference is None else None
-    found = _candidates(output, ready.method, own, number * WIDER)
+    reviewed = pa.array(list(standing(output)), pa.string())
+    found = _candidates(output, ready.method, own, reviewed, number * WIDER)
     if not found.image_ids:
         raise InputError(f"{output.uri} has no image without a label that could be suggested")
     chosen = found.take(_unlike(found, number, config.seed))
@@ -99,14 +102,18 @@ def suggest(
     return summary
 
 
-def _candidates(output: Storage, method: Method, known: LabelSource | None, most: int) -> Candidates:
-    """The images without a label whose margins are the least, at most so many."""
+def _candidates(
+    output: Storage, method: Method, known: LabelSource | None, reviewed: pa.Array, most: int
+) -> Candidates:
+    """The images without a label, and not `reviewed`, whose margins are the least, at most so many."""
     rule = Rule.of(method.classes, {}, 0, {})
     kept: Candidates | None = None
     columns = (schema.IMAGE_ID, "embedding", *method.columns, *(known.columns if known else ()))
     for stem, table in tables(output, columns, VECTOR_ROWS):
         if known is not None:
             table = table.filter(known.labels_of(table).is_null())
+        if len(reviewed):
+            table = table.filter(pc.invert(pc.is_in(table.column(schema.IMAGE_ID), reviewed)))
         vectors = vectors_of(table).astype(np.float32)
         whole = usable(vectors)
         table, vectors = table.filter(pa.array(whole)), vectors[whole]

@@ -15,7 +15,7 @@ from fastapi import APIRouter, FastAPI, Path, Request, Response
 from fastapi.responses import JSONResponse
 from starlette.concurrency import run_in_threadpool
 
-from pipeline.errors import BusyError, InputError, OutputError, PipelineError, StorageError
+from pipeline.errors import BusyError, OutputError, PipelineError, StorageError
 from pipeline.serve.answers import Overview, Problem
 from pipeline.serve.guard import App, Guard, Limits
 from pipeline.serve.review_api import label_counts, review_routes
@@ -55,6 +55,7 @@ def create_app(site: Site, token: str | None) -> App:
     app.include_router(_overview_routes(site))
     _add_page(app)
     app.add_exception_handler(PipelineError, _on_error)
+    app.add_exception_handler(OSError, _on_error)
     config = site.config
     limits = Limits(config.max_upload_bytes, config.upload_timeout_s)
     return Guard(app, token=token, names=(config.host, *config.names), limits=limits)
@@ -77,7 +78,7 @@ async def _on_error(_: Request, error: Exception) -> JSONResponse:
     """The words of an error that a visitor can do something about; nothing of our insides."""
     if isinstance(error, NotFoundError):
         return problem(404, str(error))
-    if isinstance(error, StorageError | OutputError | BusyError) and not isinstance(error, InputError):
+    if isinstance(error, OSError | StorageError | OutputError | BusyError):
         logger.error("%s", error)
         return problem(503, "the output cannot be read or written now; the server's log says why")
     return problem(400, str(error))

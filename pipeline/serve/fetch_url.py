@@ -85,6 +85,7 @@ def _ask(url: str, max_bytes: int, deadline: float) -> bytes | str:
         data = answer.read(max_bytes + 1)
         if len(data) > max_bytes:
             raise SearchError(f"the URL's image has more than {max_bytes:,} bytes")
+        _left(deadline)  # an answer without a length also ends where we hang up
         return data
     except (OSError, http.client.HTTPException) as error:
         raise SearchError("the URL's server does not answer as it should, or not in time") from error
@@ -112,5 +113,5 @@ def _hang_up(sock: socket.socket) -> None:
 def _left(deadline: float) -> float:
     left = deadline - time.monotonic()
     if left <= 0:
-        raise SearchError("the URL's server takes too long")
+        raise SearchError("the URL's server does not answer in time")
     return left

@@ -8,6 +8,7 @@ Bodies end at a size and a time. Knows ASGI alone, nothing of what is served.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import hmac
 import http.cookies
 import json
@@ -15,6 +16,8 @@ import urllib.parse
 from collections.abc import Awaitable, Callable, Iterable, MutableMapping
 from dataclasses import dataclass
 from typing import Any
+
+from starlette.requests import ClientDisconnect
 
 Message = MutableMapping[str, Any]
 Scope = MutableMapping[str, Any]
@@ -71,10 +74,12 @@ class Guard:
                 return
             await self._app(scope, receive, send)
             return
-        started = False
+        started = refused = False
 
         async def sending(message: Message) -> None:
             nonlocal started
+            if refused:  # nobody listens any more
+                return
             if message["type"] == "http.response.start":
                 started = True
                 there = {name.decode().lower() for name, _ in message.get("headers", ())}
@@ -82,14 +87,26 @@ class Guard:
                 message["headers"] = [*message.get("headers", ()), *extra]
             await send(message)
 
+        async def receiving() -> Message:
+            nonlocal refused
+            try:
+                return await body()
+            except RefusedError as error:
+                if not started:
+                    await _answer(sending, error.status, error.message)
+                refused = True
+                return {"type": "http.disconnect"}
+
         try:
             headers = _headers(scope)
             await self._check(scope, headers, sending)
-            if not started:
-                await self._app(scope, self._limited(headers, receive), sending)
-        except RefusedError as refused:
-            if not started:
-                await _answer(sending, refused.status, refused.message)
+            body = self._limited(headers, receive)
+        except RefusedError as error:
+            await _answer(sending, error.status, error.message)
+            return
+        if not started:  # with where to go instead
+            with contextlib.suppress(ClientDisconnect):  # by us
+                await self._app(scope, receiving, sending)
 
     async def _check(self, scope: Scope, headers: dict[str, str], send: Send) -> None:
         host = headers.get("host", "")
