@@ -55,6 +55,7 @@ class Catalogue:
             reader = pa.ipc.open_file(file)
             self._batches = [reader.get_batch(number) for number in range(reader.num_record_batches)]
             self.schema: pa.Schema = reader.schema
+        self._columns = [list(zip(self.schema.names, it.columns, strict=True)) for it in self._batches]
         self._starts = np.cumsum([0, *(len(batch) for batch in self._batches)]).tolist()
         self._hashes = np.load(folder / "hashes.npy", mmap_mode="r")
         self._order = np.load(folder / "order.npy", mmap_mode="r")
@@ -92,7 +93,8 @@ class Catalogue:
         while place < len(self._hashes) and self._hashes[place] == wanted:
             row = int(self._order[place])
             number = bisect_right(self._starts, row) - 1
-            if self._batches[number].column(0)[row - self._starts[number]].as_py() == image_id:
+            _, ids = self._columns[number][0]
+            if ids[row - self._starts[number]].as_py() == image_id:
                 return row
             place += 1
         return None
@@ -102,7 +104,8 @@ class Catalogue:
         found = []
         for row in rows:
             number = bisect_right(self._starts, row) - 1
-            found += self._batches[number].slice(row - self._starts[number], 1).to_pylist()
+            place = row - self._starts[number]
+            found.append({name: column[place].as_py() for name, column in self._columns[number]})
         return found
 
     def tables(self, columns: Sequence[str]) -> Iterator[pa.Table]:

@@ -66,4 +66,5 @@ class ReviewBook:
         return Counter(decision.action for decision in self.held().values())
 
     def _held(self, image_id: str) -> Decision | None:
-        return hold(self._by_image.get(image_id, ())).get(image_id)
+        said = self._by_image.get(image_id)
+        return hold(said).get(image_id) if said else None
