@@ -16,7 +16,7 @@ demo: setup
 	$(BIN)/cvt-pipeline demo
 
 test: setup
-	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder --durations=30 -m "not slow"
+	CVT_TEST_KILLS=1 $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder --durations=30 -m "not slow"
 
 # Every test, and ten kills instead of two.
 test-all: setup

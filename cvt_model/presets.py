@@ -43,6 +43,8 @@ ARCHITECTURES: Mapping[str, Architecture] = MappingProxyType(
 HUB_IDS: Mapping[str, str] = MappingProxyType({name: it.hub_id for name, it in ARCHITECTURES.items()})
 
 
+DEFAULT_MODEL = "cvt-tiny-cifar10"  # of what is to mean something without a download
+
 # Built-in models that were trained: directories of the Hub's layout in trained/, with their cards.
 TRAINED_FOLDER = Path(__file__).parent / "trained"
 TRAINED = tuple(sorted(path.parent.name for path in TRAINED_FOLDER.glob("*/config.json")))

@@ -10,7 +10,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from jobs.common import FAILED, console, run_module, set_up_logging
-from pipeline.classify import DEFAULT_CHECKPOINT, Classified
+from pipeline.classify import DEFAULT_MODEL, Classified
 from pipeline.classify import classify as classify_images
 
 SETTINGS: dict[str, object] = {}
@@ -21,7 +21,7 @@ def classify(
     checkpoint: Annotated[
         str,
         typer.Option("--checkpoint", "-m", help="a directory, a weight file, a Hub id or a model's name"),
-    ] = DEFAULT_CHECKPOINT,
+    ] = DEFAULT_MODEL,
     k: Annotated[int, typer.Option("-k", min=1, help="how many labels an image")] = 5,
     precision: Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16")] = "auto",
     backend: Annotated[str, typer.Option(help="auto, torch or openvino")] = "auto",

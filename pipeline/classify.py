@@ -13,12 +13,12 @@ from typing import TYPE_CHECKING, Any
 
 from cvt_model.errors import ImageError
 from cvt_model.image_source import read_http
+from cvt_model.presets import DEFAULT_MODEL as DEFAULT_MODEL
 from pipeline.errors import ConfigError
 
 if TYPE_CHECKING:
     from cvt_model.classifier import Prediction
 
-DEFAULT_CHECKPOINT = "cvt-tiny-random"
 FEW = 32  # up to so many images the answer comes sooner where each has all threads for itself
 BATCH_SIZE = 4  # for more: small batches side by side; measuring the best one would take longer
 

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
 
+from cvt_model.presets import DEFAULT_MODEL
 from pipeline.commits import CommitLog
 from pipeline.config import Config, InputConfig, ModelConfig, OutputConfig
 from pipeline.demo_corpus import make_corpus, photograph_of
@@ -21,7 +22,6 @@ from pipeline.stop import Stop
 from pipeline.storage import Storage
 from pipeline.tally import Tally
 
-MODEL = "cvt-tiny-random"
 GALLERY_QUERIES = 12
 GALLERY_HITS = 8
 
@@ -46,7 +46,7 @@ def demo(folder: Path, *, stop: Stop, on_progress: OnProgress, started: float) -
     stop.check()
     config = Config(
         input=InputConfig(uri=str(shards), format="webdataset", metadata_columns=("json",)),
-        model=ModelConfig(checkpoint=MODEL, precision="float32"),
+        model=ModelConfig(checkpoint=DEFAULT_MODEL, precision="float32"),
         output=OutputConfig(uri=str(features)),
     )
     tally = extract(config, stop=stop, on_progress=on_progress, started=started)
@@ -82,11 +82,12 @@ def _gallery(output: Storage, searcher: Searcher, photographs: tuple[str, ...], 
         hits = searcher.by_id(first[photograph], GALLERY_HITS + 1)
         query, others = hits[0], hits[1:]
         image = originals.read(query.shard, query.key) if query.shard and query.key else None
-        rows.append(Row(query.image_id, image, others))
+        unlabelled = [replace(hit, label=None) for hit in others]  # none of the ten classes is an astronaut
+        rows.append(Row(query.image_id, image, unlabelled))
     note = (
         f"{share_found:.1%} of all variants find another variant of their own photograph first. Made "
-        f"{time.strftime('%Y-%m-%d %H:%M')} by {MODEL}: seeded random weights, no training, so that only "
-        "near-duplicates are near."
+        f"{time.strftime('%Y-%m-%d %H:%M')} by {DEFAULT_MODEL}, which was trained on the ten classes "
+        "of CIFAR-10 at 32 × 32 pixels: these photographs show other things, so no labels stand here."
     )
     return gallery_page(
         "CvT pipeline demo: each photograph and its nearest neighbours", note, rows, originals.read

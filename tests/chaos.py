@@ -21,6 +21,7 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
+from cvt_model.presets import DEFAULT_MODEL
 from tests.conftest import encode, make_image
 from tests.disturbed import assert_same_rows, command, descendants, is_alive, kill, num_commits, start
 from tests.running import cli, leftovers, make_config, rows_of, write_config, write_tar
@@ -148,7 +149,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--kills", type=int, default=50)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--checkpoint", default="cvt-tiny-random")
+    parser.add_argument("--checkpoint", default=DEFAULT_MODEL)
     options = parser.parse_args()
     hits: Counter[str] = Counter()
     with tempfile.TemporaryDirectory(prefix="chaos-") as name:

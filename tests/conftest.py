@@ -19,6 +19,7 @@ os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
 LONGEST_FIRST = (
     *("cluster", "s3", "s3_faults", "faults", "kills", "poison", "increments", "cli", "extract"),
     *("finetune", "odd_images", "scale", "demo", "bench_run", "finetune_training", "nightly"),
+    *("serve_page", "serve", "serve_attacks"),
 )
 
 

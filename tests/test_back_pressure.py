@@ -3,6 +3,8 @@
 import subprocess
 import sys
 
+import pytest
+
 CODE = """
 import sys, time
 from pathlib import Path
@@ -41,6 +43,7 @@ def most_ahead(most, folder):
     return int(done.stdout)
 
 
+@pytest.mark.slow
 def test_a_stage_reads_only_so_far_ahead_of_the_next(tmp_path):
     """Beside those that wait: two at work, two in the generator's own buffer, one being made (Ray: 60)."""
     assert most_ahead(4, tmp_path / "made") <= 4 + 6

@@ -96,7 +96,8 @@ def test_one_bad_image_of_three_costs_no_other_and_gives_exit_1(pictures, tiny_m
 
 
 def test_people_get_a_table_beside_empty_data_and_are_told_of_random_weights(pictures):
-    done = cli("classify", "a:b [red] ä.png", "absent [x].png", cwd=pictures)
+    random = ("--checkpoint", "cvt-tiny-random")
+    done = cli("classify", "a:b [red] ä.png", "absent [x].png", *random, cwd=pictures)
     assert (done.returncode, done.stdout) == (1, "")
     for words in (
         "a:b [red] ä.png",

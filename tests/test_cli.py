@@ -414,6 +414,7 @@ def test_a_model_named_by_a_relative_path_answers_searches_from_anywhere(
         assert json.loads(found.stdout)[0]["hits"][0]["image_id"] == "é #?*.png"
 
 
+@pytest.mark.slow
 def test_a_manifest_of_one_image_goes_the_whole_way(ray_session, tiny_model, tmp_path):
     (tmp_path / "one.png").write_bytes(encode(make_image(1)))
     with (tmp_path / "list.csv").open("w", newline="") as file:

@@ -185,6 +185,7 @@ def test_another_column_choice_is_refused_and_named(mixed, tiny_model):
         run(config)
 
 
+@pytest.mark.slow
 def test_another_precision_is_refused_and_auto_means_the_outputs_own(mixed, tiny_model, tmp_path):
     shutil.copytree(mixed, tmp_path / "copy")
     folder = tmp_path / "copy"

@@ -40,6 +40,7 @@ def job(tmp_path_factory):
     return small_job(small_config(write_folders(folder / "in", 120), folder / "out"))
 
 
+@pytest.mark.slow
 def test_tasks_of_ray_data_make_what_threads_make(job, tmp_path):
     source = Path(job.output.uri).parent / "in"
     done = subprocess.run(

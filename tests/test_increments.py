@@ -240,6 +240,7 @@ def test_results_made_otherwise_are_refused_and_into_writes_them_beside(nights):
     shutil.rmtree(beside)
 
 
+@pytest.mark.slow
 def test_young_files_wait_for_a_later_run_and_changed_ones_keep_their_old_rows_until_then(nights):
     before = files_of(nights.output)
     for number in (3, 6):  # one that is uploaded anew, one that is new

@@ -27,6 +27,7 @@ def objects(stderr: str) -> list[dict[str, Any]]:
     return lines
 
 
+@pytest.mark.slow
 def test_every_line_of_a_run_is_an_object(
     tiny_model: Path, tmp_path: Path, write_images: WriteImages
 ) -> None:

@@ -76,7 +76,7 @@ def test_facets_count_every_value(server: Server, output: Path) -> None:
     assert counted == {"columns": 21, "rows": 20, "spots": 20}
     assert next(iter(facets)) == "label"
     assert facets["format"]["values"] == [{"value": "PNG", "count": NUM_IMAGES}]
-    assert not {"embedding", "image_id", "sha256", "width"} & facets.keys()
+    assert not {"embedding", "image_id", "sha256", "width", "json"} & facets.keys()
 
 
 def test_pages_follow_each_other_without_gap_or_twin(server: Server) -> None:

@@ -74,7 +74,9 @@ class Browser:
         return self.driver.find_element("css selector", selector)
 
     def ids(self) -> list[str]:
-        return [it.get_attribute("textContent") for it in self.all(".grid .id")]
+        script = "return [...document.querySelectorAll('.grid .id')].map((it) => it.textContent)"
+        found: list[str] = self.driver.execute_script(script)
+        return found
 
     def keys(self, *keys: str) -> None:
         from selenium.webdriver.common.action_chains import ActionChains
@@ -167,9 +169,11 @@ def test_a_click_leads_on_and_back_leads_back_and_an_address_can_be_shared(
     browser.until("return !location.search.includes(arguments[0])", urlsplit(shared).query)
     browser.driver.back()
     browser.until("return document.querySelector('.query div div')?.textContent === arguments[0]", start[3])
+    browser.ready()
     assert browser.ids() == first
     browser.driver.back()
     browser.until("return !document.querySelector('.query')")
+    browser.ready()
     assert browser.ids() == start
     browser.driver.forward()
     browser.until("return document.querySelector('.query')")

@@ -28,10 +28,11 @@ from pipeline.serve.once import forget_older, made_once
 from pipeline.storage import Storage
 from pipeline.totals import mark_of
 
-_LAYOUT = 1  # of the files here; another number, and they are made anew
+_LAYOUT = 2  # of the files here; another number, and they are made anew
 _VECTORS = ("embedding", "logits", "top_ids", "top_logits")
 _NOT_FACETS = (IMAGE_ID, "key", "shard", "label_id", "width", "height")
 _MOST_VALUES = 500  # of a column that is offered as a facet
+_FEW_VALUES = 12  # so many may be as many as there are rows
 _THREADS = 16
 NO_VALUE = -1
 
@@ -142,7 +143,7 @@ def _make(output: Storage, log: CommitLog, folder: Path) -> None:
     order = np.argsort(together, kind="stable")
     np.save(folder / "hashes.npy", together[order])
     np.save(folder / "order.npy", order)
-    facets = [(name, values) for name, values in counters.items() if values.are_few]
+    facets = [(name, values) for name, values in counters.items() if values.tell_apart(len(together))]
     for number, (_, values) in enumerate(facets):
         np.save(folder / f"facet-{number}.npy", np.concatenate([np.empty(0, np.int32), *values.codes]))
     (folder / "facets.json").write_text(json.dumps([(name, list(it.numbers)) for name, it in facets]))
@@ -197,6 +198,10 @@ class _Values:
             return
         indices = encoded.indices.fill_null(len(numbers)).to_numpy(zero_copy_only=False)
         self.codes.append(np.array([*numbers, NO_VALUE], np.int32)[indices])
+
+    def tell_apart(self, num_rows: int) -> bool:
+        """Whether they make groups of the rows, rather than naming each."""
+        return self.are_few and len(self.numbers) <= max(_FEW_VALUES, num_rows // 2)
 
     def _give_up(self) -> None:
         self.are_few, self.codes, self.numbers = False, [], {}

@@ -30,6 +30,15 @@ from pipeline.serve.thumbnails import PLACEHOLDER, SIZES
 
 _SHOWN_VALUES = 100
 _URL_S = 15
+_PICTURES: dict[int | str, dict[str, Any]] = {
+    200: {
+        "description": "a JPEG, or the placeholder",
+        "content": {
+            kind: {"schema": {"type": "string", "format": "binary"}}
+            for kind in ("image/jpeg", "image/svg+xml")
+        },
+    }
+}
 _PROBLEMS: dict[int | str, dict[str, Any]] = {
     400: {"model": Problem, "description": "what was asked for cannot be answered"},
     404: {"model": Problem, "description": "there is no such image"},
@@ -143,14 +152,24 @@ def search_routes(site: Site) -> APIRouter:  # one short function a path
         total = len(view.catalogue) if mask is None else int(np.count_nonzero(mask))
         return answer({"total": total, "facets": counted})
 
-    @api.get("/thumbnail", summary="A small picture of the original; a placeholder where it has gone")
+    @api.get(
+        "/thumbnail",
+        summary="A small picture of the original; a placeholder where it has gone",
+        response_class=Response,
+        responses=_PICTURES,
+    )
     def thumbnail(image_id: Annotated[ImageId, Query(alias="id")], size: int = SIZES[0]) -> Response:
         if size not in SIZES:
             raise SearchError(f"size: found {size}; choose {' or '.join(map(str, SIZES))}")
         (row,) = site.view.catalogue.get([row_of(site.view, image_id)])
         return _picture(site.thumbnails.of_row(row, size))
 
-    @api.get("/uploads/thumbnail", summary="A small picture of an image that was searched by")
+    @api.get(
+        "/uploads/thumbnail",
+        summary="A small picture of an image that was searched by",
+        response_class=Response,
+        responses=_PICTURES,
+    )
     def upload_thumbnail(upload: UploadName) -> Response:
         return _picture(site.uploads.picture(upload))
 
