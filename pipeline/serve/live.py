@@ -9,6 +9,8 @@ from __future__ import annotations
 import json
 import threading
 from collections import OrderedDict
+from collections.abc import Mapping
+from concurrent.futures import Executor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,8 +24,10 @@ from pipeline.errors import SearchError
 from pipeline.index.record import current_version
 from pipeline.index.vectors import Ids, Mask
 from pipeline.labels.make import FILE, LABELS
+from pipeline.originals import Originals
 from pipeline.published import SUMMARY, served_version
 from pipeline.search import Searcher
+from pipeline.serve.batcher import Batcher
 from pipeline.serve.catalogue import NO_VALUE, Catalogue, Facet
 from pipeline.serve.once import cached_arrays
 from pipeline.storage import Storage
@@ -56,8 +60,16 @@ def state_of(output: Storage) -> State:
 class View:
     """One moment of an output. `searcher` raises SearchError where there is no index."""
 
-    def __init__(self, output: Storage, cache: Path, where_timeout_s: float = 10) -> None:
+    def __init__(
+        self,
+        output: Storage,
+        cache: Path,
+        pool: Executor,
+        input_options: Mapping[str, Any] | None = None,
+        where_timeout_s: float = 10,
+    ) -> None:
         self.state = state_of(output)
+        self.originals = Originals(output, input_options)
         self._output, self._where_timeout_s = output, where_timeout_s
         self.catalogue, self._name = Catalogue.of(output, cache)
         self._cache = cache
@@ -73,6 +85,7 @@ class View:
             self.no_index = str(error)
         else:
             self.faiss_ids, self.rows = self._numbers(self._searcher)
+            self.batcher = Batcher(self._searcher.search, pool)
         self._masks: OrderedDict[tuple[Any, ...], Mask] = OrderedDict()
         self._lock = threading.Lock()
 

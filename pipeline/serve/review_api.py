@@ -18,7 +18,7 @@ from pipeline.labels.reviews import Decision
 from pipeline.published import SUMMARY, served_version
 from pipeline.serve.answers import Decisions, Groups, LabelCounts, LabelName, Page, Problem, Taken
 from pipeline.serve.catalogue import Rows
-from pipeline.serve.live import View
+from pipeline.serve.live import State, View
 from pipeline.serve.search_api import answer, row_of
 from pipeline.serve.site import Site
 
@@ -34,7 +34,7 @@ class Orders:
     """The rows of a label, those of which it is least sure first."""
 
     def __init__(self) -> None:
-        self._known: OrderedDict[tuple[int, str], Rows] = OrderedDict()
+        self._known: OrderedDict[tuple[State, str], Rows] = OrderedDict()
         self._lock = threading.Lock()
 
     def of(self, view: View, label: str) -> Rows:
@@ -45,7 +45,7 @@ class Orders:
         if label not in labels.facet.values:
             raise SearchError(f"no image has the label {label}")
         with self._lock:
-            key = (id(view), label)
+            key = (view.state, label)
             if key not in self._known:
                 rows = np.flatnonzero(labels.facet.codes == labels.facet.values.index(label))
                 self._known[key] = rows[np.argsort(labels.margins[rows], kind="stable")]
@@ -59,9 +59,7 @@ def label_counts(site: Site) -> dict[str, Any] | None:
     view = site.view
     if view.labels is None:
         return None
-    held = site.reviews.held()
-    rows = view.catalogue.rows_of(held)
-    codes = view.labels.facet.codes[rows[rows >= 0]]
+    codes = view.labels.facet.codes[site.decided_rows(view)]
     decided = Counter(codes.tolist())
     values = view.labels.facet.values
     counts = np.bincount(view.labels.facet.codes[view.labels.facet.codes >= 0], minlength=len(values))
@@ -70,7 +68,7 @@ def label_counts(site: Site) -> dict[str, Any] | None:
         for number, (value, count) in enumerate(zip(values, counts.tolist(), strict=True))
     ]
     entries.sort(key=lambda entry: (-entry["count"], entry["label"]))
-    decisions = Counter(decision.action for decision in held.values())
+    decisions = Counter(decision.action for decision in site.reviews.held().values())
     return {"version": view.labels.version, "labels": entries, "decisions": dict(decisions)}
 
 
@@ -98,12 +96,11 @@ def review_routes(site: Site) -> APIRouter:
         view = site.view
         rows = orders.of(view, label)
         if show != "all":
-            places = view.catalogue.rows_of(site.reviews.held())
-            decided = np.isin(rows, places)
+            decided = site.decided_rows(view)[rows]
             rows = rows[decided if show == "decided" else ~decided]
         some = rows[after : after + limit].tolist()
         more = after + len(some) if after + len(some) < len(rows) else None
-        return answer({"images": site.images(some), "next": more, "total": len(rows)})
+        return answer({"images": site.images(view, some), "next": more, "total": len(rows)})
 
     @api.post("/review", response_model=Taken, summary="Decide; durable when it is answered")
     def decide(said: Decisions) -> Response:
@@ -119,8 +116,8 @@ def review_routes(site: Site) -> APIRouter:
             if one.action != "relabel" and one.label not in (None, before):
                 raise SearchError(f"{one.image_id}: a label goes with relabel alone")
             decisions.append(Decision(one.image_id, one.action, label, before, said.reviewer, now))
-        site.reviews.say(decisions)
-        return answer({"images": site.images(rows)})
+        site.decide(decisions)
+        return answer({"images": site.images(view, rows)})
 
     @api.get("/duplicates", response_model=Groups, summary="Groups of duplicates, the largest first")
     def duplicates(
@@ -161,6 +158,6 @@ def _groups(site: Site, version: str, after: int, limit: int) -> list[dict[str, 
             row = view.catalogue.row_of(twin["image_id"])
             if row is not None:
                 facts = {"similarity": twin["similarity"], "representative": twin["representative"]}
-                shown.append({**site.images([row])[0], **facts})
+                shown.append({**site.images(view, [row])[0], **facts})
         answers.append({"group": number, "size": len(twins), "images": shown})
     return answers

@@ -7,7 +7,7 @@ pages, said is read on `refresh`. For any number of threads.
 from __future__ import annotations
 
 import threading
-from collections import Counter, defaultdict
+from collections import defaultdict
 from collections.abc import Sequence
 
 from pipeline.errors import InputError
@@ -25,17 +25,18 @@ class ReviewBook:
         self._by_image: dict[str, list[Decision]] = defaultdict(list)
         self.refresh()
 
-    def refresh(self) -> None:
-        """Read what others said. Raises OutputError for a damaged file."""
+    def refresh(self) -> bool:
+        """Read what others said; whether they said anything. Raises OutputError for a damaged file."""
         with self._lock:
             new = [path for path in list_files(self._output) if path not in self._files]
             if not new:
-                return
+                return False
             self._files |= read_files(self._output, new)
             self._by_image.clear()
             for path in sorted(self._files):  # named by the time at which it was said
                 for decision in self._files[path]:
                     self._by_image[decision.image_id].append(decision)
+            return True
 
     def say(self, decisions: Sequence[Decision]) -> None:
         """Keep decisions; they are durable when this returns.
@@ -60,10 +61,6 @@ class ReviewBook:
         with self._lock:
             found = ((image_id, self._held(image_id)) for image_id in self._by_image)
             return {image_id: decision for image_id, decision in found if decision is not None}
-
-    def counts(self) -> Counter[str]:
-        """How many decisions of each kind hold."""
-        return Counter(decision.action for decision in self.held().values())
 
     def _held(self, image_id: str) -> Decision | None:
         said = self._by_image.get(image_id)

@@ -30,6 +30,7 @@ from pipeline.serve.thumbnails import PLACEHOLDER, SIZES
 
 _SHOWN_VALUES = 100
 _URL_S = 15
+_UPLOADS = 8  # in memory at the same time
 _PICTURES: dict[int | str, dict[str, Any]] = {
     200: {
         "description": "a JPEG, or the placeholder",
@@ -84,6 +85,7 @@ def row_of(view: View, image_id: str) -> int:
 def search_routes(site: Site) -> APIRouter:  # one short function a path
     """The paths below /api that read."""
     api = APIRouter(prefix="/api", tags=["search"], responses=_PROBLEMS)
+    at_once = asyncio.Semaphore(_UPLOADS)
 
     @api.get("/search", response_model=Found, summary="The nearest images of an image")
     async def search(
@@ -105,7 +107,7 @@ def search_routes(site: Site) -> APIRouter:  # one short function a path
                     f"{image_id} is not in the index yet" if view.has_index else view.no_index
                 )
             vector = view.searcher.engine.store.take(np.array([own]))[0]
-            query = site.images([row])[0]
+            query = site.images(view, [row])[0]
         else:
             assert upload is not None
             found = await run_in_threadpool(site.uploads.vector, upload, view.searcher)
@@ -116,7 +118,7 @@ def search_routes(site: Site) -> APIRouter:  # one short function a path
             pairs = [(own, pairs[0][1]), *(pair for pair in pairs if pair[0] != own)]
         rows = [(int(view.rows[n]), score) for n, score in pairs]
         rows = [(row, score) for row, score in rows if row >= 0]  # redone since the index was built
-        hits = site.images([row for row, _ in rows], [score for _, score in rows])
+        hits = site.images(view, [row for row, _ in rows], [score for _, score in rows])
         return answer({"query": query, "hits": hits})
 
     @api.get("/images", response_model=Page, summary="Images that pass a filter, in the order of the files")
@@ -131,11 +133,12 @@ def search_routes(site: Site) -> APIRouter:  # one short function a path
         rows = np.arange(len(view.catalogue)) if mask is None else np.flatnonzero(mask)
         some = rows[after : after + limit].tolist()
         more = after + len(some) if after + len(some) < len(rows) else None
-        return answer({"images": site.images(some), "next": more, "total": len(rows)})
+        return answer({"images": site.images(view, some), "next": more, "total": len(rows)})
 
     @api.get("/image", response_model=ImageFacts, summary="What is known of an image")
     def image(image_id: Annotated[ImageId, Query(alias="id")]) -> Response:
-        return answer(site.images([row_of(site.view, image_id)])[0])
+        view = site.view
+        return answer(site.images(view, [row_of(view, image_id)])[0])
 
     @api.get("/facets", response_model=Facets, summary="How many images have each value")
     def facets(where: Where = None, facet: Chosen = []) -> Response:  # noqa: B006
@@ -161,8 +164,9 @@ def search_routes(site: Site) -> APIRouter:  # one short function a path
     def thumbnail(image_id: Annotated[ImageId, Query(alias="id")], size: int = SIZES[0]) -> Response:
         if size not in SIZES:
             raise SearchError(f"size: found {size}; choose {' or '.join(map(str, SIZES))}")
-        (row,) = site.view.catalogue.get([row_of(site.view, image_id)])
-        return _picture(site.thumbnails.of_row(row, size))
+        view = site.view
+        (row,) = view.catalogue.get([row_of(view, image_id)])
+        return _picture(site.thumbnails.of_row(row, size, view.originals))
 
     @api.get(
         "/uploads/thumbnail",
@@ -185,9 +189,10 @@ def search_routes(site: Site) -> APIRouter:  # one short function a path
         },
     )
     async def upload(request: Request) -> Response:
-        data = await request.body()
-        searcher = site.view.searcher
-        return answer({"upload": await run_in_threadpool(site.uploads.add, data, searcher)})
+        async with at_once:
+            data = await request.body()
+            searcher = site.view.searcher
+            return answer({"upload": await run_in_threadpool(site.uploads.add, data, searcher)})
 
     @api.post("/uploads/url", response_model=Uploaded, summary="An image behind a public URL to search by")
     def upload_url(source: FromUrl) -> Response:
@@ -208,8 +213,7 @@ async def _nearest(
     chosen: tuple[tuple[str, str], ...],
 ) -> tuple[Vectors, Ids]:
     if where is None and not chosen:
-        assert site.batcher is not None, "the view has an index"
-        return await site.batcher(vector, k)
+        return await view.batcher(vector, k)
     mask = await run_in_threadpool(lambda: view.mask(where, chosen))
     assert mask is not None, "there is a filter"
     only = view.indexed(mask)

@@ -16,13 +16,16 @@ from decimal import Decimal
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from cvt_model.cache import cache_folder
 from pipeline import schema
 from pipeline.config import ServeConfig
 from pipeline.errors import PipelineError
 from pipeline.fingerprint import require_fingerprint
-from pipeline.originals import Originals
-from pipeline.serve.batcher import Batcher
+from pipeline.index.vectors import Mask
+from pipeline.labels.reviews import Decision
+from pipeline.serve.catalogue import Catalogue
 from pipeline.serve.live import View, state_of
 from pipeline.serve.review_book import ReviewBook
 from pipeline.serve.thumbnails import Thumbnails
@@ -51,19 +54,22 @@ class Site:
         self.pool = ThreadPoolExecutor(1, "search")  # FAISS has threads of its own
         self.reviews = ReviewBook(output)
         self.uploads = Uploads(self._cache / "uploads", config.max_upload_pixels)
-        self._open(self._next_view())
+        self.thumbnails = Thumbnails(self._cache / "thumbnails", config.thumbnail_bytes)
+        self.view = self._next_view()
+        self.decided = self._decided(self.view)
 
     def refresh(self) -> bool:
         """Serve what there is now; whether that is anything new. What fails is told in the log alone."""
         try:
-            self.reviews.refresh()
+            if self.reviews.refresh():
+                self.decided = self._decided(self.view)
             if state_of(self.output) == self.view.state:
                 return False
             view = self._next_view()
         except (PipelineError, OSError) as error:
             logger.warning("what is new cannot be served yet: %s", error)
             return False
-        self._open(view)
+        self.view, self.decided = view, self._decided(view)
         logger.info("serving %s rows, index %s, labels %s", f"{len(view.catalogue):,}", *view.state[1:])
         return True
 
@@ -72,9 +78,25 @@ class Site:
         self.uploads.close()
         self.pool.shutdown(wait=False)
 
-    def images(self, rows: Sequence[int], scores: Sequence[float] | None = None) -> list[dict[str, Any]]:
-        """Rows as the page shows them, with the cosines that they were found by."""
-        view, shown = self.view, []
+    def decide(self, decisions: Sequence[Decision]) -> None:
+        """Keep decisions; they are durable when this returns. Raises as `ReviewBook.say`."""
+        self.reviews.say(decisions)
+        rows, flags = self.decided
+        for decision in decisions:
+            row = rows.row_of(decision.image_id)
+            if row is not None:
+                flags[row] = self.reviews.of(decision.image_id) is not None
+
+    def decided_rows(self, view: View) -> Mask:
+        """Which rows of a view a decision holds of."""
+        rows, flags = self.decided
+        return flags if rows is view.catalogue else self._decided(view)[1]
+
+    def images(
+        self, view: View, rows: Sequence[int], scores: Sequence[float] | None = None
+    ) -> list[dict[str, Any]]:
+        """Rows of a view as the page shows them, with the cosines that they were found by."""
+        shown = []
         for number, (row, values) in enumerate(zip(rows, view.catalogue.get(rows), strict=True)):
             label, label_score = view.label_of(row)
             decision = self.reviews.of(values[schema.IMAGE_ID])
@@ -99,13 +121,15 @@ class Site:
         return shown
 
     def _next_view(self) -> View:
-        return View(self.output, self._cache / "views", self.config.where_timeout_s)
+        folder, timeout_s = self._cache / "views", self.config.where_timeout_s
+        return View(self.output, folder, self.pool, self._input_options, timeout_s)
 
-    def _open(self, view: View) -> None:
-        originals = Originals(self.output, self._input_options)
-        self.thumbnails = Thumbnails(originals, self._cache / "thumbnails", self.config.thumbnail_bytes)
-        self.batcher = Batcher(view.searcher.search, self.pool) if view.has_index else None
-        self.view = view
+    def _decided(self, view: View) -> tuple[Catalogue, Mask]:
+        """Which rows of a view's catalogue a decision holds of."""
+        flags = np.zeros(len(view.catalogue), np.bool_)
+        rows = view.catalogue.rows_of(self.reviews.held())
+        flags[rows[rows >= 0]] = True
+        return view.catalogue, flags
 
 
 def plain(value: Any) -> Any:

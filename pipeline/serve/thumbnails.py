@@ -35,24 +35,24 @@ PLACEHOLDER = (
 class Thumbnails:
     """Pictures by row and size, in `folder`, which holds `limit_bytes` at most or a little more."""
 
-    def __init__(self, originals: Originals, folder: Path, limit_bytes: int) -> None:
-        self._originals, self._folder, self._limit_bytes = originals, folder, limit_bytes
+    def __init__(self, folder: Path, limit_bytes: int) -> None:
+        self._folder, self._limit_bytes = folder, limit_bytes
         folder.mkdir(parents=True, exist_ok=True)
         self._at_once = threading.Semaphore(_AT_ONCE)
         self._lock = threading.Lock()
         self._written = 0
 
-    def of_row(self, row: Mapping[str, Any], size: int) -> bytes | None:
+    def of_row(self, row: Mapping[str, Any], size: int, originals: Originals) -> bytes | None:
         """The picture of a committed row; None where its original cannot be had any more."""
         sha256: bytes = row["sha256"]
         path = self._folder / f"{sha256.hex()}-{size}.jpg"
         if (kept := _read(path)) is not None:
             return kept
+        data = originals.read(row["shard"], row["key"], sha256)
+        if data is None:
+            return None
         with self._at_once:
-            if (kept := _read(path)) is not None:
-                return kept
-            data = self._originals.read(row["shard"], row["key"], sha256)
-            return None if data is None else self._keep(path, data, size)
+            return self._keep(path, data, size)
 
     def _keep(self, path: Path, data: bytes, size: int) -> bytes | None:
         picture = make_picture(data, size)

@@ -8,7 +8,7 @@ const done = []; // what was decided on this page, for undo: lists of ids
 let grid = null;
 let labels = [];
 let reload = () => {};
-let busy = false;
+let queue = Promise.resolve(); // keys are faster than storage: what they mean is done one after the other
 
 export async function show(main, parameters, { addressOf, go, signal }) {
   const counts = await get("/api/labels", [], signal);
@@ -96,18 +96,17 @@ async function say(decisions) {
   }
 }
 
-async function carefully(action) {
-  if (busy) return;
-  busy = true;
-  try { await action(); } catch (error) {
-    if (!(error instanceof Refused)) throw error;
-    notice(error.message);
-  } finally { busy = false; }
+function carefully(action) {
+  queue = queue.then(action).catch((error) => {
+    if (error instanceof Refused) notice(error.message);
+    else reportError(error);
+  });
 }
 
-function decide(action, label = undefined, on = targets()) {
-  if (!on.length) { notice("Choose an image first."); return; }
+function decide(action, label = undefined, given = undefined) {
   carefully(async () => {
+    const on = given ?? targets();
+    if (!on.length) { notice("Choose an image first."); return; }
     await say(on.map((item) => ({ image_id: item.image.image_id, action, ...(label ? { label } : {}) })));
     done.push(on.map((item) => item.image.image_id));
     on.forEach((item) => { if (item.querySelector(".chosen")) toggle(item); });
@@ -119,9 +118,9 @@ function decide(action, label = undefined, on = targets()) {
 const acceptAll = () => decide("accept", undefined, items().filter((item) => !item.image.decision));
 
 function undo() {
-  const ids = done.pop();
-  if (!ids) { notice("Nothing was decided on this page yet."); return; }
   carefully(async () => {
+    const ids = done.pop();
+    if (!ids) { notice("Nothing was decided on this page yet."); return; }
     try { await say(ids.map((id) => ({ image_id: id, action: "undo" }))); } catch (error) { done.push(ids); throw error; }
     const item = items().find((other) => other.image.image_id === ids[0]);
     item?.querySelector("[data-card]").focus();
@@ -129,7 +128,9 @@ function undo() {
   });
 }
 
-function change() {
+const change = () => carefully(async () => askForLabel());
+
+function askForLabel() {
   const on = targets();
   if (!on.length) { notice("Choose an image first."); return; }
   const dialog = document.getElementById("help");
