@@ -432,6 +432,7 @@ def test_only_new_and_changed_images_are_done_again(tiny_model, tmp_path, write_
     assert run(config).planned_shards == 0
 
 
+@pytest.mark.slow
 def test_a_changed_shard_replaces_its_rows_and_a_cut_one_is_left_out_until_mended(tiny_model, tmp_path):
     def members(start):
         return [(f"{n:03d}.png", encode(make_image(n, (64, 64)))) for n in range(start, start + 20)]

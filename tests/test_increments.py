@@ -134,6 +134,7 @@ def test_a_removed_shard_takes_its_rows_rejects_and_record_along_and_nothing_els
     assert planned(nights.path) == {"shards_done": 6}
 
 
+@pytest.mark.slow
 def test_where_too_much_is_gone_nothing_is_removed_and_what_is_new_is_done_all_the_same(nights):
     before = files_of(nights.output)
     nights.lose(1, 4)
@@ -215,6 +216,7 @@ def test_deleted_images_leave_their_groups_and_the_others_rows_are_copied(
     assert_sound(tmp_path / "out")
 
 
+@pytest.mark.slow
 def test_results_made_otherwise_are_refused_and_into_writes_them_beside(nights):
     before = files_of(nights.output)
     nights.config(output__logits=2)

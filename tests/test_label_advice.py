@@ -237,6 +237,7 @@ def test_advice_keeps_labels_and_labels_keep_advice(tmp_path: Path) -> None:
     assert len(suggestions_of(made.output)) == 3
 
 
+@pytest.mark.slow
 def test_the_command_shows_the_images(
     tiny_model: Path, write_images: WriteImages, tmp_path: Path, ray_session: None
 ) -> None:

@@ -370,6 +370,7 @@ def test_a_bug_in_a_step_leaves_the_report_with_what_ended_before(night: Night) 
     assert night.ended == {"extract": "done", "index": "done"}
 
 
+@pytest.mark.slow
 def test_a_night_on_real_images_ends_with_an_index_that_answers_and_groups(
     tiny_model: Path, tmp_path: Path
 ) -> None:

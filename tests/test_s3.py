@@ -92,6 +92,7 @@ def test_verify_index_and_search_work_on_s3_and_no_secret_is_anywhere(s3, extrac
         assert not [secret for secret in SECRETS if secret.encode() in data], name
 
 
+@pytest.mark.slow
 def test_a_second_run_on_s3_does_nothing_and_a_changed_object_is_done_again(s3, extracted, tmp_path):
     config, _, _ = extracted
     before = s3.rows("out/embeddings")

@@ -24,7 +24,7 @@ from tests.serving import NUM_IMAGES, Server, served_output, serving
 
 
 @pytest.fixture(scope="module")
-def output(tmp_path_factory: pytest.TempPathFactory, tiny_model: Path) -> Path:
+def output(ray_session: None, tmp_path_factory: pytest.TempPathFactory, tiny_model: Path) -> Path:
     return served_output(tmp_path_factory, tiny_model)
 
 
@@ -102,7 +102,7 @@ def test_an_image_that_is_uploaded_finds_itself_and_has_an_address(server: Serve
 
 
 def test_thumbnails_are_of_the_originals_and_a_vanished_one_is_a_placeholder(
-    tmp_path: Path, tiny_model: Path
+    ray_session: None, tmp_path: Path, tiny_model: Path
 ) -> None:
     buffer = io.BytesIO()
     Image.new("RGB", (700, 300), (200, 30, 40)).save(buffer, "JPEG")
@@ -236,7 +236,9 @@ def test_a_killed_server_loses_no_decision_that_it_answered(tmp_path: Path, outp
     assert set(answered) <= standing(Storage(str(out))).keys()
 
 
-def test_what_runs_and_labels_add_meanwhile_is_served(tmp_path: Path, tiny_model: Path) -> None:
+def test_what_runs_and_labels_add_meanwhile_is_served(
+    ray_session: None, tmp_path: Path, tiny_model: Path
+) -> None:
     write_tar(tmp_path / "in" / "a.tar", [(f"{n}.png", data) for n, (_, data) in enumerate(pictures(8))])
     config = make_config(tmp_path / "in", tiny_model, tmp_path / "out")
     run(config)

@@ -27,7 +27,7 @@ from tests.web_server import serving as web_serving
 
 
 @pytest.fixture(scope="module")
-def output(tmp_path_factory: pytest.TempPathFactory, tiny_model: Path) -> Path:
+def output(ray_session: None, tmp_path_factory: pytest.TempPathFactory, tiny_model: Path) -> Path:
     return served_output(tmp_path_factory, tiny_model)
 
 
@@ -323,7 +323,7 @@ def test_nothing_that_the_api_takes_or_not_is_an_error_of_the_server(server: Ser
     assert len(operations) >= 12
     for operation in operations:
 
-        @settings(max_examples=25, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
+        @settings(max_examples=12, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
         @given(case=operation.as_strategy())
         def check(case: schemathesis.Case) -> None:
             case.call_and_validate(checks=CHECKS.get_by_names(wanted), timeout=30)

@@ -25,7 +25,7 @@ SCREENSHOTS = os.environ.get("CVT_TEST_SCREENSHOTS")  # a folder to look at them
 
 
 @pytest.fixture(scope="module")
-def output(tmp_path_factory: pytest.TempPathFactory, tiny_model: Path) -> Path:
+def output(ray_session: None, tmp_path_factory: pytest.TempPathFactory, tiny_model: Path) -> Path:
     return served_output(tmp_path_factory, tiny_model)
 
 

@@ -43,8 +43,8 @@ def test_transformers_loads_it_as_it_is_and_says_the_same():
 def test_it_is_as_good_on_images_it_never_saw_as_its_card_says():
     card = (FOLDER / "README.md").read_text()
     (said,) = re.findall(r"top-1 of CIFAR-10's test split \| (\d+\.\d+) %", card)
-    rows = pq.read_table(TEST_SPLIT[0]).slice(0, 2000)
+    rows = pq.read_table(TEST_SPLIT[0]).slice(0, 500)
     images = [image if isinstance(image, bytes) else image["bytes"] for image in rows["image"].to_pylist()]
     found = [best[0].label for best in CvtClassifier(DEFAULT_MODEL, device="cpu").stream(images, 1)]
     right = np.mean([a == b for a, b in zip(found, rows["label_name"].to_pylist(), strict=True)])
-    assert abs(100 * right - float(said)) <= 2.5  # of 2,000 images: four standard errors
+    assert abs(100 * right - float(said)) <= 6  # of 500 images: four standard errors
