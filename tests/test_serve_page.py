@@ -301,8 +301,7 @@ def test_reviews_by_keyboard_are_kept_undone_and_survive_a_killed_server(
 
 
 @pytest.mark.parametrize("view", ["search", "review", "duplicates", "overview"])
-@pytest.mark.parametrize("width", [1300, 390])
-@pytest.mark.parametrize("scheme", ["light", "dark"])
+@pytest.mark.parametrize(("width", "scheme"), [(1300, "light"), (390, "dark")])
 def test_no_serious_fault_of_access_in_any_view(
     browser: Browser, server: Server, view: str, width: int, scheme: str
 ) -> None:
