@@ -18,7 +18,7 @@ from pipeline import schema
 from pipeline.commits import Commit, CommitLog
 from pipeline.errors import ConfigError, ShardError
 from pipeline.fingerprint import read_fingerprint
-from pipeline.places import Places
+from pipeline.places import IN_PIECES, Places
 from pipeline.read_parquet import read_image
 from pipeline.readers import reader_of
 from pipeline.samples import Amendment, ReadOptions, Sample
@@ -93,6 +93,8 @@ class Originals:
             return None
         if work.shard.format == "parquet":
             return read_image(work, place.start, options)
+        if place == IN_PIECES:
+            return self._look_through(work, key, options)
         return there.read_range(name, place.start, place.size)
 
     def _look_through(self, work: Work, key: str, options: ReadOptions) -> bytes | None:

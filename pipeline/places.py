@@ -34,10 +34,16 @@ _SCHEMA = pa.schema([("key", pa.string()), ("start", pa.uint64()), ("size", pa.u
 
 @dataclass(frozen=True)
 class Place:
-    """An image's first byte and number of bytes in an archive; or, of Parquet, its row and 1."""
+    """An image's first byte and number of bytes in an archive; or, of Parquet, its row and 1.
+
+    A sparse member of an archive does not lie in one piece: its place is IN_PIECES.
+    """
 
     start: int
     size: int
+
+
+IN_PIECES = Place(0, 0)  # where an archive has a header
 
 
 class Places:
@@ -103,5 +109,5 @@ def _find(work: Work, options: ReadOptions) -> dict[str, Place]:
     return places
 
 
-def _packed_place(_: tarfile.TarFile, member: tarfile.TarInfo) -> bytes | None:
-    return None if member.issparse() else _PAIR.pack(member.offset_data, member.size)
+def _packed_place(_: tarfile.TarFile, member: tarfile.TarInfo) -> bytes:
+    return _PAIR.pack(*((0, 0) if member.issparse() else (member.offset_data, member.size)))

@@ -102,7 +102,7 @@ class _ForwardFile:
         return self._position
 
 
-ReadMember = Callable[[tarfile.TarFile, tarfile.TarInfo], bytes | None]
+ReadMember = Callable[[tarfile.TarFile, tarfile.TarInfo], bytes]
 
 
 def content(archive: tarfile.TarFile, member: tarfile.TarInfo) -> bytes:

@@ -149,3 +149,14 @@ def serving(
         except subprocess.TimeoutExpired:
             process.kill()
             process.wait()
+
+
+@pytest.fixture(scope="module")
+def output(ray_session: None, tmp_path_factory: pytest.TempPathFactory, tiny_model: Path) -> Path:
+    return served_output(tmp_path_factory, tiny_model)
+
+
+@pytest.fixture(scope="module")
+def server(output: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    with serving(output, cache=tmp_path_factory.mktemp("cache")) as running:
+        yield running

@@ -6,6 +6,7 @@ import dataclasses
 import hashlib
 import io
 import json
+import subprocess
 import tarfile
 from pathlib import Path
 
@@ -163,3 +164,15 @@ def test_a_row_of_a_later_row_group_is_read(tmp_path: Path) -> None:
     assert originals.read("a.parquet", "111") == ONE
     assert originals.read("a.parquet", "112") == TWO
     assert originals.read("a.parquet", "1") is None
+
+
+def test_a_member_that_does_not_lie_in_one_piece_is_read_as_the_archive_has_it(tmp_path: Path) -> None:
+    with (tmp_path / "x.png").open("wb") as file:
+        file.write(ONE)
+        file.truncate(2**20)  # a hole
+    subprocess.run(["tar", "--sparse", "-cf", "a.tar", "x.png"], cwd=tmp_path, check=True)
+    assert (tmp_path / "a.tar").stat().st_size < 2**20
+    originals = originals_of(tmp_path, shard_at(tmp_path / "a.tar", "webdataset"))
+    data = originals.read("a.tar", "x")
+    assert data is not None
+    assert (data[: len(ONE)], len(data)) == (ONE, 2**20)

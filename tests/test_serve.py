@@ -6,7 +6,6 @@ import io
 import json
 import threading
 import time
-from collections.abc import Iterator
 from pathlib import Path
 
 import duckdb
@@ -20,18 +19,9 @@ from pipeline.search import Searcher
 from pipeline.storage import Storage
 from tests.labelled_images import pictures
 from tests.running import cli, make_config, run, write_tar
-from tests.serving import NUM_IMAGES, Server, served_output, serving
+from tests.serving import NUM_IMAGES, Server, output, server, serving
 
-
-@pytest.fixture(scope="module")
-def output(ray_session: None, tmp_path_factory: pytest.TempPathFactory, tiny_model: Path) -> Path:
-    return served_output(tmp_path_factory, tiny_model)
-
-
-@pytest.fixture(scope="module")
-def server(output: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
-    with serving(output, cache=tmp_path_factory.mktemp("cache")) as running:
-        yield running
+__all__ = ["output", "server"]  # fixtures
 
 
 def rows_of(output: Path) -> list[dict]:

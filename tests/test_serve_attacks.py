@@ -22,13 +22,10 @@ from pipeline.errors import SearchError
 from pipeline.serve import fetch_url as fetching
 from pipeline.serve.fetch_url import fetch_url
 from tests.labelled_images import pictures
-from tests.serving import NUM_IMAGES, Server, served_output, serving
+from tests.serving import NUM_IMAGES, Server, output, serving
 from tests.web_server import serving as web_serving
 
-
-@pytest.fixture(scope="module")
-def output(ray_session: None, tmp_path_factory: pytest.TempPathFactory, tiny_model: Path) -> Path:
-    return served_output(tmp_path_factory, tiny_model)
+__all__ = ["output"]  # a fixture
 
 
 @pytest.fixture(scope="module")

@@ -14,7 +14,9 @@ import pytest
 from pipeline.labels.reviews import read_decisions, standing
 from pipeline.storage import Storage
 from tests.labelled_images import pictures
-from tests.serving import NUM_IMAGES, Server, served_output, serving
+from tests.serving import NUM_IMAGES, Server, output, server, serving
+
+__all__ = ["output", "server"]  # fixtures
 
 BROWSER, DRIVER = (shutil.which(name) for name in ("chromium", "chromedriver"))
 pytestmark = pytest.mark.skipif(
@@ -22,17 +24,6 @@ pytestmark = pytest.mark.skipif(
 )
 PATIENCE_S = 30
 SCREENSHOTS = os.environ.get("CVT_TEST_SCREENSHOTS")  # a folder to look at them in
-
-
-@pytest.fixture(scope="module")
-def output(ray_session: None, tmp_path_factory: pytest.TempPathFactory, tiny_model: Path) -> Path:
-    return served_output(tmp_path_factory, tiny_model)
-
-
-@pytest.fixture(scope="module")
-def server(output: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
-    with serving(output, cache=tmp_path_factory.mktemp("cache")) as running:
-        yield running
 
 
 class Browser:

@@ -67,13 +67,12 @@ class Catalogue:
         }
 
     @classmethod
-    def of(cls, output: Storage, cache: Path) -> tuple[Catalogue, str]:
-        """The catalogue of what is committed now, made if it is not in the cache, and its name there."""
-        log = CommitLog(output)
+    def of(cls, output: Storage, log: CommitLog, cache: Path) -> tuple[Catalogue, str]:
+        """The catalogue of what is committed, made if it is not in the cache, and its name there."""
         of_output = hashlib.sha256(output.url("").encode()).hexdigest()[:12]
         name = f"{of_output}-{mark_of(log.live):032x}-{_LAYOUT}"
         folder = made_once(cache / name, lambda partial: _make(output, log, partial))
-        forget_older(cache, f"{of_output}-*-{_LAYOUT}")
+        forget_older(cache, f"{of_output}-")
         return cls(folder), name
 
     def __len__(self) -> int:

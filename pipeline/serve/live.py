@@ -51,10 +51,9 @@ class Labels:
     margins: npt.NDArray[np.float32]  # score less the next class's; the score where that is not known
 
 
-def state_of(output: Storage) -> State:
+def state_of(output: Storage, log: CommitLog) -> State:
     """What a view depends on: another value, and there is something new to serve."""
-    versions = current_version(output), served_version(output, LABELS)
-    return (mark_of(CommitLog(output).live), *versions)
+    return mark_of(log.live), current_version(output), served_version(output, LABELS)
 
 
 class View:
@@ -68,10 +67,11 @@ class View:
         input_options: Mapping[str, Any] | None = None,
         where_timeout_s: float = 10,
     ) -> None:
-        self.state = state_of(output)
+        self._log = CommitLog(output)
+        self.state = state_of(output, self._log)
         self.originals = Originals(output, input_options)
         self._output, self._where_timeout_s = output, where_timeout_s
-        self.catalogue, self._name = Catalogue.of(output, cache)
+        self.catalogue, self._name = Catalogue.of(output, self._log, cache)
         self._cache = cache
         self.labels = self._labels(self.state[2])
         self.facets: dict[str, Facet] = {**self.catalogue.facets}
@@ -153,7 +153,7 @@ class View:
         if columns_in(where) <= set(self.catalogue.schema.names):
             rows = matching_rows(self.catalogue.tables, where, timeout_s=timeout_s).to_numpy()
         else:  # vectors, which lie in the files alone
-            files = [f"{EMBEDDINGS}/{stem}.parquet" for stem in sorted(CommitLog(self._output).live)]
+            files = [f"{EMBEDDINGS}/{stem}.parquet" for stem in sorted(self._log.live)]
             ids = matching_ids(self._output, files, where, timeout_s=timeout_s)
             rows = self.catalogue.rows_of(ids.to_pylist())
             rows = rows[rows >= 0]

@@ -16,18 +16,14 @@ from pipeline.dedup import DEDUP
 from pipeline.errors import SearchError
 from pipeline.labels.reviews import Decision
 from pipeline.published import SUMMARY, served_version
-from pipeline.serve.answers import Decisions, Groups, LabelCounts, LabelName, Page, Problem, Taken
+from pipeline.serve.answers import Decisions, Groups, LabelCounts, LabelName, Page, Taken
 from pipeline.serve.catalogue import Rows
 from pipeline.serve.live import State, View
-from pipeline.serve.search_api import answer, row_of
+from pipeline.serve.search_api import PROBLEMS, answer, page_of, row_of
 from pipeline.serve.site import Site
 
 _ORDERS = 8
 _SHOWN_TWINS = 24
-_PROBLEMS: dict[int | str, dict[str, Any]] = {
-    400: {"model": Problem, "description": "what was asked for cannot be answered"},
-    404: {"model": Problem, "description": "there is no such image"},
-}
 
 
 class Orders:
@@ -74,7 +70,7 @@ def label_counts(site: Site) -> dict[str, Any] | None:
 
 def review_routes(site: Site) -> APIRouter:
     """The paths below /api by which labels are reviewed, and duplicates looked at."""
-    api = APIRouter(prefix="/api", tags=["review"], responses=_PROBLEMS)
+    api = APIRouter(prefix="/api", tags=["review"], responses=PROBLEMS)
     orders = Orders()
 
     @api.get("/labels", response_model=LabelCounts, summary="All labels and how far their review is")
@@ -98,9 +94,7 @@ def review_routes(site: Site) -> APIRouter:
         if show != "all":
             decided = site.decided_rows(view)[rows]
             rows = rows[decided if show == "decided" else ~decided]
-        some = rows[after : after + limit].tolist()
-        more = after + len(some) if after + len(some) < len(rows) else None
-        return answer({"images": site.images(view, some), "next": more, "total": len(rows)})
+        return page_of(site, view, rows, after, limit)
 
     @api.post("/review", response_model=Taken, summary="Decide; durable when it is answered")
     def decide(said: Decisions) -> Response:

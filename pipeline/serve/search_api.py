@@ -40,7 +40,7 @@ _PICTURES: dict[int | str, dict[str, Any]] = {
         },
     }
 }
-_PROBLEMS: dict[int | str, dict[str, Any]] = {
+PROBLEMS: dict[int | str, dict[str, Any]] = {
     400: {"model": Problem, "description": "what was asked for cannot be answered"},
     404: {"model": Problem, "description": "there is no such image"},
 }
@@ -82,9 +82,16 @@ def row_of(view: View, image_id: str) -> int:
     return row
 
 
+def page_of(site: Site, view: View, rows: Ids, after: int, limit: int) -> Response:
+    """Some of these rows from one on, as a `Page`."""
+    some = rows[after : after + limit].tolist()
+    more = after + len(some) if after + len(some) < len(rows) else None
+    return answer({"images": site.images(view, some), "next": more, "total": len(rows)})
+
+
 def search_routes(site: Site) -> APIRouter:  # one short function a path
     """The paths below /api that read."""
-    api = APIRouter(prefix="/api", tags=["search"], responses=_PROBLEMS)
+    api = APIRouter(prefix="/api", tags=["search"], responses=PROBLEMS)
     at_once = asyncio.Semaphore(_UPLOADS)
 
     @api.get("/search", response_model=Found, summary="The nearest images of an image")
@@ -131,9 +138,7 @@ def search_routes(site: Site) -> APIRouter:  # one short function a path
         view = site.view
         mask = view.mask(where, chosen_of(facet))
         rows = np.arange(len(view.catalogue)) if mask is None else np.flatnonzero(mask)
-        some = rows[after : after + limit].tolist()
-        more = after + len(some) if after + len(some) < len(rows) else None
-        return answer({"images": site.images(view, some), "next": more, "total": len(rows)})
+        return page_of(site, view, rows, after, limit)
 
     @api.get("/image", response_model=ImageFacts, summary="What is known of an image")
     def image(image_id: Annotated[ImageId, Query(alias="id")]) -> Response:

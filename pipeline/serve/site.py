@@ -20,6 +20,7 @@ import numpy as np
 
 from cvt_model.cache import cache_folder
 from pipeline import schema
+from pipeline.commits import CommitLog
 from pipeline.config import ServeConfig
 from pipeline.errors import PipelineError
 from pipeline.fingerprint import require_fingerprint
@@ -63,7 +64,7 @@ class Site:
         try:
             if self.reviews.refresh():
                 self.decided = self._decided(self.view)
-            if state_of(self.output) == self.view.state:
+            if state_of(self.output, CommitLog(self.output)) == self.view.state:
                 return False
             view = self._next_view()
         except (PipelineError, OSError) as error:
@@ -81,16 +82,16 @@ class Site:
     def decide(self, decisions: Sequence[Decision]) -> None:
         """Keep decisions; they are durable when this returns. Raises as `ReviewBook.say`."""
         self.reviews.say(decisions)
-        rows, flags = self.decided
+        catalogue, flags = self.decided
         for decision in decisions:
-            row = rows.row_of(decision.image_id)
+            row = catalogue.row_of(decision.image_id)
             if row is not None:
                 flags[row] = self.reviews.of(decision.image_id) is not None
 
     def decided_rows(self, view: View) -> Mask:
         """Which rows of a view a decision holds of."""
-        rows, flags = self.decided
-        return flags if rows is view.catalogue else self._decided(view)[1]
+        catalogue, flags = self.decided
+        return flags if catalogue is view.catalogue else self._decided(view)[1]
 
     def images(
         self, view: View, rows: Sequence[int], scores: Sequence[float] | None = None
