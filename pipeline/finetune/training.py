@@ -97,7 +97,7 @@ class Training:
         if self._config.freeze == "backbone":
             model.cvt.requires_grad_(False)
         elif share.num_workers > 1:
-            share_statistics(model)
+            share_statistics(model, device)
         self.model = model.to(device)
         self._chances = Chances(self.model, self._config.seed)
         self._optimizers = make_optimizers(
