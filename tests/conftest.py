@@ -85,7 +85,14 @@ def ray_session() -> Iterator[None]:
     """One Ray for every test that runs an extraction in this process."""
     import ray
 
-    ray.init(num_cpus=2, include_dashboard=False, log_to_driver=False, logging_level="ERROR")
+    # As `pipeline.cluster` starts it: workers that idle are kept, since starting them takes 2 s of a core.
+    ray.init(
+        num_cpus=2,
+        include_dashboard=False,
+        log_to_driver=False,
+        logging_level="ERROR",
+        _system_config={"num_workers_soft_limit": 10_000},
+    )
     yield
     ray.shutdown()
 

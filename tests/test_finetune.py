@@ -40,7 +40,7 @@ def trained(tmp_path_factory):
     folder = tmp_path_factory.mktemp("finetune")
     images = write_folders(folder / "images", 240)
     config = write_config(folder / "config.yaml", images, folder / "model", train={"epochs": 8})
-    done = cli("finetune", config, timeout_s=240)
+    done = cli("finetune", config, timeout_s=400)
     assert done.returncode == 0, done.stderr[-3000:]
     return folder, done
 
@@ -106,7 +106,7 @@ def test_killed_it_goes_on_to_the_same_curve(trained, tmp_path):
     config = write_config(tmp_path / "config.yaml", folder / "images", tmp_path / "model", **section)
     for step in (20, 45):
         kill_after(config, tmp_path / "model", step)
-    done = cli("finetune", config, timeout_s=240)
+    done = cli("finetune", config, timeout_s=400)
     assert done.returncode == 0, done.stderr[-3000:]
     mine, theirs = curve(tmp_path / "model"), curve(folder / "model")
     assert [row["step"] for row in mine] == [row["step"] for row in theirs]
