@@ -141,6 +141,11 @@ class Engine:
         return scores, ids
 
 
+def leave_threads() -> None:
+    """Have searches of the calling thread take half of the cores: FAISS's threads spin while they wait."""
+    faiss.omp_set_num_threads(max(1, faiss.omp_get_max_threads() // 2))
+
+
 def open_faiss(path: Path, *, in_memory: bool) -> Any:
     """The index of a file whose checksum was compared; its lists stay on disk unless `in_memory`."""
     return faiss.read_index(str(path), 0 if in_memory else faiss.IO_FLAG_MMAP)

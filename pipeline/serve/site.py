@@ -24,6 +24,7 @@ from pipeline.commits import CommitLog
 from pipeline.config import ServeConfig
 from pipeline.errors import PipelineError
 from pipeline.fingerprint import require_fingerprint
+from pipeline.index.engine import leave_threads
 from pipeline.index.vectors import Mask
 from pipeline.labels.reviews import Decision
 from pipeline.serve.catalogue import Catalogue
@@ -52,7 +53,7 @@ class Site:
         self.output, self.config = output, config
         self._cache = cache or cache_folder() / "serve"
         self._input_options = input_options
-        self.pool = ThreadPoolExecutor(1, "search")  # FAISS has threads of its own
+        self.pool = ThreadPoolExecutor(1, "search", leave_threads)  # FAISS has threads of its own
         self.reviews = ReviewBook(output)
         self.uploads = Uploads(self._cache / "uploads", config.max_upload_pixels)
         self.thumbnails = Thumbnails(self._cache / "thumbnails", config.thumbnail_bytes)
