@@ -2,8 +2,8 @@
 
     python tests/bench/bench_label.py [--rows 1000000,10000000] [--methods head,probe]
 
-Makes outputs of vectors around ten centres, with logits and a column of right labels for the first
-thousand rows (kept in --folder for the next time), and tells the seconds and the peak of resident memory.
+Makes outputs of vectors around ten centres, with logits, and a CSV of right labels for a thousand
+rows (kept in --folder for the next time), and tells the seconds and the peak of resident memory.
 """
 
 from __future__ import annotations
