@@ -7,7 +7,7 @@ import time
 from pathlib import Path
 
 PARTIAL = ".tmp-"  # how the name of a file begins that is still being written
-_ABANDONED_S = 86_400.0
+ABANDONED_S = 86_400.0  # after which its writer is taken for dead
 
 
 def make_room(folder: Path, size_bytes: int, limit_bytes: int) -> None:
@@ -20,7 +20,7 @@ def make_room(folder: Path, size_bytes: int, limit_bytes: int) -> None:
     for entry in folder.iterdir():
         with contextlib.suppress(FileNotFoundError):  # another process makes room too
             facts = entry.stat()
-            if not entry.name.startswith(PARTIAL) or facts.st_mtime < time.time() - _ABANDONED_S:
+            if not entry.name.startswith(PARTIAL) or facts.st_mtime < time.time() - ABANDONED_S:
                 known.append((facts.st_mtime, facts.st_size, entry))
     known.sort()
     total = size_bytes + sum(size for _, size, _ in known)

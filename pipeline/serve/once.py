@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import contextlib
 import shutil
+import time
 import uuid
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+
+from pipeline.local_cache import ABANDONED_S, PARTIAL
 
 Array = npt.NDArray[Any]
 
@@ -19,7 +23,7 @@ _KEPT = 3
 def made_once(folder: Path, make: Callable[[Path], None]) -> Path:
     """`folder`, filled by `make` where it is not there. Two processes may make it at once; one is kept."""
     if not folder.is_dir():
-        partial = folder.parent / f".tmp-{uuid.uuid4().hex}"
+        partial = folder.parent / f"{PARTIAL}{uuid.uuid4().hex}"
         partial.mkdir(parents=True)
         try:
             make(partial)
@@ -45,7 +49,17 @@ def cached_arrays(folder: Path, make: Callable[[], Mapping[str, Array]]) -> dict
 
 
 def forget_older(cache: Path, prefix: str, kept: int = _KEPT) -> None:
-    """Delete all but the folders of a prefix that were used last; who has them mapped keeps them."""
+    """Delete all but the folders of a prefix that were used last; who has them mapped keeps them.
+
+    With them goes what a process left half made that died a day ago or earlier.
+    """
     folders = sorted(cache.glob(f"{prefix}*"), key=lambda path: path.stat().st_mtime, reverse=True)
-    for folder in folders[kept:]:
+    for folder in (*folders[kept:], *_abandoned(cache)):
         shutil.rmtree(folder, ignore_errors=True)
+
+
+def _abandoned(cache: Path) -> Iterator[Path]:
+    for partial in cache.glob(f"{PARTIAL}*"):
+        with contextlib.suppress(FileNotFoundError):  # its maker has just ended
+            if partial.stat().st_mtime < time.time() - ABANDONED_S:
+                yield partial
