@@ -87,6 +87,12 @@ def test_no_path_reaches_the_file_system(server: Server, path: str) -> None:
         "http://2130706433/",
         "http://127.1/",
         "http://[fe80::1%25eth0]/",
+        "http://[fec0::1]/",
+        "http://[::7f00:1]/",
+        "http://[::ffff:0:10.0.0.1]/",
+        "http://[64:ff9b::169.254.169.254]/latest/meta-data/",
+        "http://[64:ff9b:1::1]/",
+        "http://[2002:7f00:1::]/",
         "http://224.0.0.1/",
         "http://example.com:22/",
         "http://user:secret@example.com/",
@@ -100,6 +106,8 @@ def test_no_path_reaches_the_file_system(server: Server, path: str) -> None:
 def test_no_url_leads_to_what_is_not_public(server: Server, url: str) -> None:
     answer = server.ask("/api/uploads/url", body={"url": url})
     assert answer.status == 400, answer.body
+    reasons = ("not a public one", "only http:// and https:// URLs", "this is no URL", "host is not known")
+    assert any(reason in answer.json()["error"] for reason in reasons), answer.body  # nobody was asked
     assert "secret" not in answer.body.decode()
 
 

@@ -19,6 +19,8 @@ from pipeline.errors import SearchError
 
 _PORTS = {"http": 80, "https": 443}
 _REDIRECTS = 3
+_UNICAST = ipaddress.IPv6Network("2000::/3")  # all of IPv6 that is given out to be reached from everywhere
+_NAT64 = ipaddress.IPv6Network("64:ff9b::/96")  # RFC 6052
 _SAFE = "/%:@!$&'()*+,;=~-._?"
 
 
@@ -49,10 +51,13 @@ def _is_public(address: str) -> bool:
         judged = ipaddress.ip_address(address.partition("%")[0])
     except ValueError:
         return False
-    for inner in ("ipv4_mapped", "sixtofour"):
-        within = getattr(judged, inner, None)
-        if within is not None:
-            judged = within
+    if isinstance(judged, ipaddress.IPv6Address):
+        if judged in _NAT64:  # a gateway turns them into the IPv4 address that they end in
+            judged = ipaddress.IPv4Address(int(judged) & 0xFFFF_FFFF)
+        else:
+            judged = judged.ipv4_mapped or judged.sixtofour or judged
+    if isinstance(judged, ipaddress.IPv6Address) and judged not in _UNICAST:
+        return False
     return judged.is_global and not judged.is_multicast
 
 
