@@ -9,6 +9,7 @@ from __future__ import annotations
 import base64
 import logging
 import math
+import threading
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from datetime import date, datetime, time, timedelta
@@ -57,6 +58,7 @@ class Site:
         self.reviews = ReviewBook(output)
         self.uploads = Uploads(self._cache / "uploads", config.max_upload_pixels)
         self.thumbnails = Thumbnails(self._cache / "thumbnails", config.thumbnail_bytes)
+        self._deciding = threading.Lock()  # a decision is in the flags that are served next, too
         self.view = self._next_view()
         self.decided = self._decided(self.view)
 
@@ -64,14 +66,16 @@ class Site:
         """Serve what there is now; whether that is anything new. What fails is told in the log alone."""
         try:
             if self.reviews.refresh():
-                self.decided = self._decided(self.view)
+                with self._deciding:
+                    self.decided = self._decided(self.view)
             if state_of(self.output, CommitLog(self.output)) == self.view.state:
                 return False
             view = self._next_view()
         except (PipelineError, OSError) as error:
             logger.warning("what is new cannot be served yet: %s", error)
             return False
-        self.view, self.decided = view, self._decided(view)
+        with self._deciding:
+            self.view, self.decided = view, self._decided(view)
         logger.info("serving %s rows, index %s, labels %s", f"{len(view.catalogue):,}", *view.state[1:])
         return True
 
@@ -82,12 +86,13 @@ class Site:
 
     def decide(self, decisions: Sequence[Decision]) -> None:
         """Keep decisions; they are durable when this returns. Raises as `ReviewBook.say`."""
-        self.reviews.say(decisions)
-        catalogue, flags = self.decided
-        for decision in decisions:
-            row = catalogue.row_of(decision.image_id)
-            if row is not None:
-                flags[row] = self.reviews.of(decision.image_id) is not None
+        with self._deciding:
+            self.reviews.say(decisions)
+            catalogue, flags = self.decided
+            for decision in decisions:
+                row = catalogue.row_of(decision.image_id)
+                if row is not None:
+                    flags[row] = self.reviews.of(decision.image_id) is not None
 
     def decided_rows(self, view: View) -> Mask:
         """Which rows of a view a decision holds of."""
