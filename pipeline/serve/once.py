@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import shutil
-import time
 import uuid
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
@@ -13,7 +12,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from pipeline.local_cache import ABANDONED_S, PARTIAL
+from pipeline.local_cache import PARTIAL, being_written
 
 Array = npt.NDArray[Any]
 
@@ -61,5 +60,5 @@ def forget_older(cache: Path, prefix: str, kept: int = _KEPT) -> None:
 def _abandoned(cache: Path) -> Iterator[Path]:
     for partial in cache.glob(f"{PARTIAL}*"):
         with contextlib.suppress(FileNotFoundError):  # its maker has just ended
-            if partial.stat().st_mtime < time.time() - ABANDONED_S:
+            if not being_written(partial, partial.stat().st_mtime):
                 yield partial
