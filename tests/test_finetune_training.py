@@ -24,7 +24,7 @@ from pipeline.finetune.job import check_batch, place_workers
 from pipeline.finetune.network import find_start
 from pipeline.finetune.results import write_results
 from pipeline.finetune.sources import Found
-from pipeline.finetune.state import Progress, read_best, read_state, without_prefix, write_state
+from pipeline.finetune.state import Progress, read_best, read_state, write_state
 from pipeline.storage import Storage
 from tests.labelled_images import NETWORK, PREPROCESSING, write_folders
 from tests.s3_server import free_port
@@ -163,14 +163,64 @@ def test_best_and_last_are_kept_as_checkpoints_with_the_classes(undisturbed):
     metrics = write_results(job, Found(list(job.classes)), "asked")
     assert metrics["accuracy"] == training.progress.best_accuracy
     assert sum(map(sum, metrics["confusion"])) == metrics["validation_images"] == len(job.validation)
-    facts, best = read_best(job.output)
+    facts, best, _ = read_best(job.output)
     assert facts["step"] == training.progress.best_step
-    for folder, weights in (("", without_prefix("model/", best)), ("last", training.kept_state())):
+    for folder, weights in (("", best), ("last", training.kept_state())):
         checkpoint = resolve_checkpoint(str(Path(job.output.uri) / folder))
         assert list(checkpoint.config.id2label.values()) == list(job.classes)
         assert checkpoint.processor == job.start.processor
         for name, value in checkpoint.load().state_dict().items():
             torch.testing.assert_close(value, weights[name])
+
+
+def test_the_best_mixture_with_the_checkpoint_s_weights_is_kept(undisturbed, images, tmp_path):
+    first, _ = undisturbed
+    write_results(first, Found(list(first.classes)), "asked")
+    section = {"epochs": 1, "learning_rate": 3e-2, "ema_decay": None, "interpolate": [0.25, 0.5]}
+    model = {"checkpoint": first.output.uri}
+    config = small_config(images, tmp_path / "out", model=model, train=section)
+    job = small_job(config)
+    train(job)
+    metrics = write_results(job, Found(list(job.classes)), "asked")
+    begun = resolve_checkpoint(first.output.uri).load().state_dict()
+    _, trained, _ = read_best(job.output)
+    judge, accuracies = train(job), {}
+    for share in (1.0, 0.5, 0.25):
+        mixed = {
+            k: begun[k] + share * (v - begun[k]) if v.is_floating_point() else v for k, v in trained.items()
+        }
+        verdict = judge._judged(mixed)
+        accuracies[share] = verdict.accuracy, -verdict.loss
+    best = max(accuracies, key=lambda share: accuracies[share])
+    assert metrics["interpolation"]["share"] == best < 1, (
+        "a rate as high as this spoils the trained weights"
+    )
+    assert metrics["accuracy"] == accuracies[best][0]
+    tried = {it["share"]: it["validation_accuracy"] for it in metrics["interpolation"]["tried"]}
+    assert tried == {share: accuracy for share, (accuracy, _) in accuracies.items()}
+    for name, value in resolve_checkpoint(job.output.uri).load().state_dict().items():
+        if value.is_floating_point():
+            torch.testing.assert_close(value, begun[name] + best * (trained[name] - begun[name]))
+    assert "100% trained weights" in (tmp_path / "out" / "training.html").read_text()
+    assert f"{best:.0%} of them" in (tmp_path / "out" / "README.md").read_text()
+    plain = small_config(images, tmp_path / "out", model=model, train={**section, "interpolate": []})
+    assert small_job(plain).digest == job.digest, "it can be asked for when the training has ended"
+
+
+def test_weights_of_other_classes_are_not_mixed(undisturbed, images, tmp_path):
+    first, _ = undisturbed
+    write_results(first, Found(list(first.classes)), "asked")
+    (tmp_path / "in").mkdir()
+    for label in ("renamed", "other"):
+        shutil.copytree(images / first.classes[0], tmp_path / "in" / label)
+    section = {"interpolate": [0.5]}
+    config = small_config(
+        tmp_path / "in", tmp_path / "out", model={"checkpoint": first.output.uri}, train=section
+    )
+    with pytest.raises(ConfigError, match=r"train\.interpolate: .* does not classify into the 2 classes"):
+        small_job(config)
+    with pytest.raises(ValueError, match=r"train\.interpolate: needs model\.checkpoint"):
+        small_config(images, tmp_path / "out", train=section)
 
 
 def test_a_frozen_backbone_stays_as_it_was_and_parts_of_a_batch_are_one_batch(images, tmp_path):

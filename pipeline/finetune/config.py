@@ -96,6 +96,11 @@ class TrainConfig(Section):
     ema_decay: float | None = Field(
         0.999, gt=0, lt=1, description="of the averaged weights, which are kept; null: no average"
     )
+    interpolate: tuple[Annotated[float, Field(gt=0, lt=1)], ...] = Field(
+        (),
+        description="shares of the trained weights that are tried beside 1 when it ends, the rest being "
+        "the checkpoint's; the most accurate is kept, as in WiSE-FT (arXiv 2109.01903): [0.25, 0.5, 0.75]",
+    )
     freeze: Literal["none", "backbone"] = Field(
         "none", description="backbone: only the final norm and the classifier learn"
     )
@@ -179,6 +184,12 @@ class FinetuneConfig(Section):
     storage_options: StorageOptions = Field(
         default_factory=dict, description="options of the file systems of input and output, as fsspec's are"
     )
+
+    @model_validator(mode="after")
+    def _interpolation_has_two_ends(self) -> Self:
+        if self.train.interpolate and not self.model.checkpoint:
+            raise ValueError("train.interpolate: needs model.checkpoint, whose weights are the other end")
+        return self
 
     def options_of(self, place: Source | Destination) -> dict[str, Any]:
         """Storage options of the input, the validation's source or the output."""

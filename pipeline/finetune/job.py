@@ -159,6 +159,11 @@ def make_job(
     classes = start.classes(found.classes)
     samples = open_samples(output, stems_of(sources, found), classes)
     train, validation = samples["train"], samples["validation"]
+    if config.train.interpolate and not start.has_head_of(classes):
+        raise ConfigError(
+            f"train.interpolate: {config.model.checkpoint} does not classify into the {len(classes)} "
+            "classes of the images, so its weights cannot be mixed with the trained ones; leave it out"
+        )
     images = train.digest, validation.digest
     digest = _digest([images, classes, *_recipe(config, start), precision])
     return Job(config, start, classes, train, validation, output, precision, digest)
@@ -167,15 +172,17 @@ def make_job(
 def _asked(config: FinetuneConfig, start: Start, sources: list[LabelledShards]) -> list[Any]:
     """What is known of a training before anything is read: enough to tell that it was done before."""
     stems = [work.stem for source in sources for work in source.work]
-    return [stems, *_recipe(config, start), config.model.precision]
+    after = [config.train.interpolate] if config.train.interpolate else []
+    return [stems, *_recipe(config, start), config.model.precision, *after]
 
 
 def _recipe(config: FinetuneConfig, start: Start) -> list[Any]:
+    """What settles the steps of a training."""
     return [
         start.identity,
         start.processor.to_dict(),
         # Without defaults, so that a key that is new in this program orphans no training.
-        config.train.model_dump(mode="json", exclude_defaults=True),
+        config.train.model_dump(mode="json", exclude_defaults=True, exclude={"interpolate"}),
         config.augment.model_dump(mode="json", exclude_defaults=True),
     ]
 

@@ -43,8 +43,16 @@ class Start:
 
     def classes(self, found: Sequence[str]) -> tuple[str, ...]:
         """The classes in the order of their ids: the checkpoint's own, where it has just these."""
-        own = tuple(self.config.id2label[number] for number in range(self.config.num_labels))
-        return own if self.checkpoint and sorted(own) == sorted(found) else tuple(found)
+        return self._own if self.checkpoint and sorted(self._own) == sorted(found) else tuple(found)
+
+    @property
+    def _own(self) -> tuple[str, ...]:
+        return tuple(self.config.id2label[number] for number in range(self.config.num_labels))
+
+    def has_head_of(self, classes: Sequence[str]) -> bool:
+        """Whether the checkpoint's classifier is one for these classes."""
+        classifies = self.checkpoint is not None and self.checkpoint.has_layernorm
+        return classifies and self._own == tuple(classes)
 
     def build(self, classes: Sequence[str], seed: int) -> CvtForImageClassification:
         """The network for these classes in float32; what the checkpoint does not give is drawn by seed."""
@@ -58,7 +66,7 @@ class Start:
             state = loaded.state_dict()
             if not self.checkpoint.has_layernorm:
                 state = {f"cvt.{name}": value for name, value in state.items()}
-            if config.id2label != self.config.id2label:
+            if not self.has_head_of(classes):
                 state = {name: value for name, value in state.items() if not name.startswith("classifier.")}
             kept = model.state_dict()
             model.load_state_dict({**kept, **state})

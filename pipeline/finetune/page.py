@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 from pipeline.quality_page import calibration_bars, class_table, confusion_matrix, curves, page
@@ -63,9 +64,20 @@ def training_page(metrics: dict[str, Any]) -> str:
     return page(metrics["output"], "finetune", verdict, metrics["finished_at"], tiles, "".join(body))
 
 
+def _interpolation(chosen: dict[str, Any] | None) -> Iterator[tuple[str, str]]:
+    """What mixtures with the weights that it started from would have given."""
+    if chosen is None:
+        return
+    for row in chosen["tried"]:
+        kept = ", kept" if row["share"] == chosen["share"] else ""
+        accuracy, loss = row["validation_accuracy"], row["validation_loss"]
+        yield f"{row['share']:.0%} trained weights", f"{accuracy:.2%}, loss {loss:.3f}{kept}"
+
+
 def _facts(metrics: dict[str, Any]) -> str:
     rows = [
         ("started from", metrics["from"] or "random weights"),
+        *_interpolation(metrics["interpolation"]),
         ("parameters", count(metrics["parameters"])),
         ("image size", f"{metrics['pixels']} × {metrics['pixels']}"),
         ("precision", metrics["precision"]),

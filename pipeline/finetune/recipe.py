@@ -107,6 +107,16 @@ class Average:
         torch._foreach_lerp_(averaged, fresh, weight)
 
 
+def interpolate(
+    begun: Mapping[str, Tensor], trained: Mapping[str, Tensor], share: float
+) -> dict[str, Tensor]:
+    """Weights and statistics on the line between two networks, `share` of the way; the latter's counts."""
+    return {
+        name: begun[name].lerp(value, share) if value.is_floating_point() else value
+        for name, value in trained.items()
+    }
+
+
 class Mix(NamedTuple):
     """How the pairs of a batch are mixed: `kept` is the share of an image's own, 1 where none is."""
 

@@ -20,7 +20,15 @@ from pipeline.finetune.model_card import model_card
 from pipeline.finetune.network import with_classes
 from pipeline.finetune.page import training_page
 from pipeline.finetune.sources import Found
-from pipeline.finetune.state import Progress, Tensors, read_best, read_state, without_prefix
+from pipeline.finetune.state import (
+    BEST,
+    INTERPOLATED,
+    Progress,
+    Tensors,
+    read_best,
+    read_state,
+    without_prefix,
+)
 from pipeline.finetune.training import Job
 from pipeline.progress import iso_time
 from pipeline.quality import calibration, confusion, per_class
@@ -36,12 +44,12 @@ def write_results(job: Job, found: Found, asked: str) -> dict[str, Any]:
     if state is None or not state[0].finished:
         raise OutputError(f"{job.output.uri}: the training has no finished state; run it again")
     progress, tensors = state
-    facts, best = read_best(job.output)
+    facts, weights, said = read_best(job.output, INTERPOLATED if job.config.train.interpolate else BEST)
     averaged = without_prefix("average/", tensors) or without_prefix("model/", tensors)
     _write_model(job, averaged, "last/")
-    kept = _write_model(job, without_prefix("model/", best), "")
+    kept = _write_model(job, weights, "")
     metrics = {
-        **_metrics(job, found, progress, facts, without_prefix("said/", best)),
+        **_metrics(job, found, progress, facts, said),
         "parameters": sum(parameter.numel() for parameter in kept.parameters()),
         "asked": asked,
     }
@@ -82,6 +90,7 @@ def _metrics(
         "calibration_error": calibrated.error,
         "calibration_bins": calibrated.bins,
         "best_epoch": round(job.epochs_after(facts["step"]), 4),
+        "interpolation": facts.get("interpolation"),
         "epochs": round(job.epochs_after(progress.step), 4),
         "steps": progress.step,
         "seconds": round(progress.seconds, 1),

@@ -1,7 +1,8 @@
 """A training's state as files: whole or absent, whatever happens while they are written.
 
 `checkpoints/step-<n>.safetensors` holds all that a training needs to go on as if nothing had happened;
-`checkpoints/best.safetensors` the weights that did best, with what they said of the validation images.
+`checkpoints/best.safetensors` the weights that did best, with what they said of the validation images;
+`checkpoints/interpolated.safetensors` the same of the best mixture with the weights it began with.
 Tensors are in safetensors and the rest is JSON in its header: nothing is ever unpickled.
 """
 
@@ -21,6 +22,7 @@ from pipeline.storage import Storage
 
 FOLDER = "checkpoints"
 BEST = f"{FOLDER}/best.safetensors"
+INTERPOLATED = f"{FOLDER}/interpolated.safetensors"
 KEPT = 2  # the newest, and one in case it is not readable
 _FACTS = "cvt-pipeline"
 Tensors = dict[str, Tensor]
@@ -85,15 +87,18 @@ def read_state(output: Storage, digest: str) -> tuple[Progress, Tensors] | None:
     return None
 
 
-def write_best(output: Storage, facts: dict[str, Any], tensors: Tensors) -> None:
-    """Keep these weights as the best, with what is to be known of them."""
-    _write(output, BEST, json.dumps(facts), tensors)
+def write_best(
+    output: Storage, facts: dict[str, Any], weights: Tensors, said: Tensors, path: str = BEST
+) -> None:
+    """Keep these weights as the best, with what is to be known of them and what they said."""
+    tensors = {**prefixed("model/", weights), **prefixed("said/", said)}
+    _write(output, path, json.dumps(facts), tensors)
 
 
-def read_best(output: Storage) -> tuple[dict[str, Any], Tensors]:
-    """The best weights, and what was said of them."""
-    facts, tensors = _read(output, BEST)
-    return json.loads(facts), tensors
+def read_best(output: Storage, path: str = BEST) -> tuple[dict[str, Any], Tensors, Tensors]:
+    """What is to be known of the best weights, they themselves, and what they said."""
+    facts, tensors = _read(output, path)
+    return json.loads(facts), without_prefix("model/", tensors), without_prefix("said/", tensors)
 
 
 def prefixed(prefix: str, tensors: Tensors) -> Tensors:

@@ -21,13 +21,14 @@ from torch import Tensor, nn
 from pipeline.finetune.augment import Augmentation
 from pipeline.finetune.batches import Batch, Loader, Order
 from pipeline.finetune.config import FinetuneConfig
-from pipeline.finetune.judge import Judge
+from pipeline.finetune.judge import Judge, Verdict
 from pipeline.finetune.network import Start
 from pipeline.finetune.recipe import (
     Average,
     Schedule,
     clip_gradients,
     draw_mix,
+    interpolate,
     make_optimizers,
     mix_pairs,
     mixed_loss,
@@ -35,12 +36,14 @@ from pipeline.finetune.recipe import (
 )
 from pipeline.finetune.sample_set import SampleSet
 from pipeline.finetune.state import (
+    INTERPOLATED,
     Progress,
     Sums,
     Tensors,
     load_optimizer,
     optimizer_tensors,
     prefixed,
+    read_best,
     read_state,
     without_prefix,
     write_best,
@@ -148,6 +151,8 @@ class Training:
                     return
         self.progress.finished = True
         self.save()
+        if self._config.interpolate:
+            self._interpolate()
 
     def status(self) -> dict[str, Any]:
         """Where it stands, for people, since the last evaluation: this worker's share stands for all."""
@@ -238,9 +243,7 @@ class Training:
     def _evaluate(self, rate: float) -> None:
         """Judge the weights that would be kept, add to the curve, keep them where they are the best yet."""
         self._settle()
-        judged = copy.deepcopy(self.model)
-        judged.load_state_dict(self.kept_state())
-        verdict = self._judge(judged.eval())
+        verdict = self._judged(self.kept_state())
         progress, sums = self.progress, self.progress.sums
         progress.history.append(
             {
@@ -260,12 +263,39 @@ class Training:
             progress.best_accuracy, progress.best_step = verdict.accuracy, progress.step
             if self._share.rank == 0:
                 facts = {"step": progress.step, "digest": progress.digest}
-                said = prefixed("said/", verdict.tensors)
-                write_best(self._job.output, facts, {**prefixed("model/", self.kept_state()), **said})
+                write_best(self._job.output, facts, self.kept_state(), verdict.tensors)
         patience = self._config.early_stop_epochs
         if patience is not None:
             waited = self._job.epochs_after(progress.step - progress.best_step)
             progress.finished = waited >= patience
+
+    def _judged(self, state: Tensors) -> Verdict:
+        """What the network with these weights says of the validation images."""
+        judged = copy.deepcopy(self.model)
+        judged.load_state_dict(state)
+        return self._judge(judged.eval())
+
+    def _interpolate(self) -> None:
+        """Keep the best point of the line from the weights that it began with to the best of its own.
+
+        WiSE-FT (arXiv 2109.01903). Reads what the steps left, so that it can be done again.
+        """
+        job = self._job
+        facts, trained, _ = read_best(job.output)
+        begun = job.start.build(job.classes, self._config.seed).state_dict()
+        shares = sorted({1.0, *self._config.interpolate}, reverse=True)
+        verdicts = {share: self._judged(interpolate(begun, trained, share)) for share in shares}
+        best = max(shares, key=lambda share: (verdicts[share].accuracy, -verdicts[share].loss))
+        facts["interpolation"] = {
+            "share": best,
+            "tried": [
+                {"share": share, "validation_accuracy": it.accuracy, "validation_loss": it.loss}
+                for share, it in verdicts.items()
+            ],
+        }
+        if self._share.rank == 0:
+            state = interpolate(begun, trained, best)
+            write_best(job.output, facts, state, verdicts[best].tensors, INTERPOLATED)
 
     def _settle(self) -> None:
         """Add what all workers' steps gave to the progress that they share."""
