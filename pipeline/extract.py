@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 
 from pipeline.commits import CommitLog, clean, remove_commits
 from pipeline.config import Config
-from pipeline.errors import Interrupted, LimitError, WorkersDiedError
+from pipeline.errors import Interrupted, LimitError, StorageError, WorkersDiedError
 from pipeline.fingerprint import claim, read_fingerprint
 from pipeline.lease import Lease, acquire
 from pipeline.ledger import Ledger
@@ -93,8 +93,7 @@ def extract(
     finally:
         if cluster:
             cluster.close()
-        output.delete_folder(f"{STAGING}/{tally.run}")
-        lease.release()
+        _leave(output, tally.run, lease)
     tally.ended = time.time()
     write_report(output, tally, config)
     return tally
@@ -136,6 +135,16 @@ def _tidy(output: Storage, plan: Plan, log: CommitLog, lease: Lease) -> None:
     lease.check()
     remove_commits(output, plan.removed)
     clean(output, log, removed=plan.removed)
+
+
+def _leave(output: Storage, run: str, lease: Lease) -> None:
+    """Take this run's unfinished parts along; where that fails, what ends the run is told all the same."""
+    try:
+        output.delete_folder(f"{STAGING}/{run}")
+    except StorageError as error:
+        logger.warning("%s; the next run deletes what is left", error)
+    finally:
+        lease.release()
 
 
 def _tell(tally: Tally, plan: Plan) -> None:

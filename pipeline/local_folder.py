@@ -7,9 +7,11 @@ Nothing is tried again, since what fails on a disk does not pass. Errors are the
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
 import shutil
 import stat
+import time
 import uuid
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -17,6 +19,8 @@ from pathlib import Path
 from typing import BinaryIO
 
 from pipeline.file_info import FileInfo
+
+_DELETIONS, _DELETION_PAUSE_S = 20, 0.1
 
 
 @dataclass(frozen=True)
@@ -86,8 +90,19 @@ class LocalFolder:
         self._at(relative).unlink(missing_ok=True)
 
     def delete_folder(self, relative: str) -> None:
-        with contextlib.suppress(FileNotFoundError):
-            shutil.rmtree(self.path(relative))
+        folder = self._at(relative)
+        for left in reversed(range(_DELETIONS)):
+            try:
+                shutil.rmtree(folder)
+            except OSError as error:
+                if not folder.exists():
+                    return
+                # A process that is about to end may still put files into it, or take them away.
+                if not left or error.errno not in (errno.ENOTEMPTY, errno.ENOENT):
+                    raise
+                time.sleep(_DELETION_PAUSE_S)
+            else:
+                return
 
     def _at(self, relative: str) -> Path:
         return Path(self.path(relative))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 import pickle
 from pathlib import Path
@@ -159,6 +160,24 @@ def test_move_and_delete(tmp_path: Path) -> None:
     storage.delete_folder("b")
     storage.delete_folder("b")
     assert paths(storage) == []
+
+
+def test_a_folder_into_which_a_dying_process_still_writes_is_deleted(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "parts").mkdir()
+    (tmp_path / "parts/early").touch()
+    late, rmdir = iter([tmp_path / "parts/late", tmp_path / "parts/later"]), os.rmdir
+
+    def write_and_remove(path: str, **options: int) -> None:
+        for file in itertools.islice(late, 1):
+            file.touch()
+        rmdir(path, **options)
+
+    monkeypatch.setattr(os, "rmdir", write_and_remove)
+    Storage(str(tmp_path)).delete_folder("parts")
+    assert not (tmp_path / "parts").exists()
+    assert next(late, None) is None, "each was written while the folder was being deleted"
 
 
 def test_a_storage_travels_to_processes_that_work_elsewhere(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import logging
 import socket
 from collections.abc import Callable, Mapping
@@ -70,6 +71,8 @@ def run_server(
         timeout_graceful_shutdown=_END_S,
     )
     ready(f"http://{shown}:{port}", len(site.view.catalogue))
+    gc.collect()
+    gc.freeze()  # what is there by now stays; looking through it again and again stops everybody for 100 ms
     uvicorn.Server(settings).run(sockets=[listening])
 
 
