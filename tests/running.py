@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import io
 import os
 import shutil
@@ -10,7 +11,7 @@ import subprocess
 import sys
 import tarfile
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -50,9 +51,16 @@ def write_config(path: Path, config: Config) -> Path:
 
 def run(config: Config) -> Tally:
     """Extract in this process, whose signal handlers stay as they were."""
+    with same_signal_handlers():
+        return extract(config, stop=Stop(), on_progress=lambda tally: None, started=time.time())
+
+
+@contextlib.contextmanager
+def same_signal_handlers() -> Iterator[None]:
+    """Whatever is done inside, a test's process handles signals as before."""
     before = [(number, signal.getsignal(number)) for number in (signal.SIGINT, signal.SIGTERM)]
     try:
-        return extract(config, stop=Stop(), on_progress=lambda tally: None, started=time.time())
+        yield
     finally:
         for number, handler in before:
             signal.signal(number, handler)

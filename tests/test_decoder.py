@@ -210,8 +210,8 @@ def test_an_image_that_ends_its_decoder_is_told_after_three_tries_and_the_rest_i
     ("word", "ended_by"),
     [
         ("sleep_in_c", "timer"),
-        ("sleep_in_python", "timer"),
-        ("sleep_with_a_handler", "parent"),
+        pytest.param("sleep_in_python", "timer", marks=pytest.mark.slow),
+        pytest.param("sleep_with_a_handler", "parent", marks=pytest.mark.slow),
         ("sleep_deaf", "parent"),
     ],
 )

@@ -209,6 +209,7 @@ def choices(mixed, tiny_model):
     return folder
 
 
+@pytest.mark.slow
 def test_logits_none_leaves_labels_and_cls_token_gives_the_raw_token(
     choices, tiny_model, tmp_path, mixed_reference
 ):
@@ -385,6 +386,7 @@ def test_parquet_rows_have_documented_ids_and_keep_metadata_types(tiny_model, tm
     assert (reject["image_id"], reject["reason"]) == ("p.parquet#3", "no_image")
 
 
+@pytest.mark.slow
 def test_parquet_id_column_gives_the_ids(tiny_model, tmp_path):
     data = [encode(make_image(n)) for n in range(3)]
     pq.write_table(pa.table({"uid": [70, 71, 70], "picture": data}), tmp_path / "p.parquet")
@@ -484,6 +486,7 @@ def test_relative_paths_mean_the_drivers_folder_and_not_the_workers(
     assert len(ids_of(tmp_path / "out")) == 3
 
 
+@pytest.mark.slow
 def test_a_broken_shard_whose_name_is_not_utf_8_is_named_in_the_report(tiny_model, tmp_path):
     write_tar(tmp_path / "in/good.tar", [("a.png", encode(make_image(0)))])
     with open(os.fsencode(str(tmp_path / "in")) + b"/bad\xff.tar", "wb") as file:  # noqa: PTH123
@@ -494,7 +497,7 @@ def test_a_broken_shard_whose_name_is_not_utf_8_is_named_in_the_report(tiny_mode
     assert len(list((tmp_path / "out/reports").iterdir())) == 2
 
 
-@pytest.mark.parametrize("layout", ["images", "auto"])
+@pytest.mark.parametrize("layout", [pytest.param("images", marks=pytest.mark.slow), "auto"])
 def test_an_output_inside_the_input_folder_is_no_input(layout, tiny_model, tmp_path, write_images):
     write_images(tmp_path / "in", 4)
     config = make_config(tmp_path / "in", tiny_model, tmp_path / "in/out", input__format=layout)
@@ -550,6 +553,7 @@ def test_an_index_that_is_being_built_survives_the_end_of_a_run(mixed, tiny_mode
     assert (tmp_path / "out/index/version/index.faiss").read_bytes() == b"half of it and the rest"
 
 
+@pytest.mark.slow
 def test_a_link_that_leads_to_itself_is_a_reject_and_costs_no_other_image(
     tiny_model, tmp_path, write_images
 ):
