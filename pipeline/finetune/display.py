@@ -42,8 +42,8 @@ def describe(values: dict[str, Any]) -> str:
 def summarize(trained: Trained, console: Console) -> None:
     """The outcome in a few lines, with the next step."""
     metrics = trained.metrics
-    mixed = metrics["interpolation"]
-    share = f", {mixed['share']:.0%} of them and the checkpoint's," if mixed and mixed["share"] < 1 else ""
+    mixed = metrics.get("interpolation")  # an earlier version's training has none
+    share = f", {mixed['share']:.0%} of the way from the checkpoint's" if mixed and mixed["share"] < 1 else ""
     console.print(
         f"[bold]{metrics['accuracy']:.2%}[/] of {metrics['validation_images']:,} validation images, by the "
         f"weights after epoch {metrics['best_epoch']:g} of {metrics['epochs']:g}{share} "
