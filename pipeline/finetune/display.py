@@ -43,7 +43,9 @@ def summarize(trained: Trained, console: Console) -> None:
     """The outcome in a few lines, with the next step."""
     metrics = trained.metrics
     mixed = metrics.get("interpolation")  # an earlier version's training has none
-    share = f", {mixed['share']:.0%} of the way from the checkpoint's" if mixed and mixed["share"] < 1 else ""
+    share = ""
+    if mixed and mixed["share"] < 1:
+        share = f", {mixed['share']:.0%} of the way from the checkpoint's"
     console.print(
         f"[bold]{metrics['accuracy']:.2%}[/] of {metrics['validation_images']:,} validation images, by the "
         f"weights after epoch {metrics['best_epoch']:g} of {metrics['epochs']:g}{share} "

@@ -20,6 +20,7 @@ def model_card(metrics: dict[str, Any]) -> str:
     classes = metrics["classes"]
     named = ", ".join(classes[:MOST_NAMED]) + (", …" if len(classes) > MOST_NAMED else "")
     train, augment = metrics["config"]["train"], metrics["config"]["augment"]
+    optimizer = {"adamw": "AdamW", "muon": "Muon and AdamW"}[train["optimizer"]]
     mixed = metrics["interpolation"]
     share = f" ({mixed['share']:.0%} of them, the rest the checkpoint's: WiSE-FT)" if mixed else ""
     begun = f"fine-tuned from `{metrics['from']}`" if metrics["from"] else "trained from random weights"
@@ -39,8 +40,8 @@ of {metrics["pixels"]} × {metrics["pixels"]} pixels, {begun} by `cvt-pipeline f
 | expected calibration error | {metrics["calibration_error"]:.4f} |
 | training images | {metrics["train_images"]:,} |
 | epochs | {metrics["epochs"]:g}; these weights are those after {metrics["best_epoch"]:g}{share} |
-| recipe | AdamW, learning rate {train["learning_rate"]:g}, batches of {train["batch_size"]}, weight decay \
-{train["weight_decay"]:g}, label smoothing {train["label_smoothing"]:g}, seed {train["seed"]} |
+| recipe | {optimizer}, learning rate {train["learning_rate"]:g}, batches of {train["batch_size"]}, \
+weight decay {train["weight_decay"]:g}, label smoothing {train["label_smoothing"]:g}, seed {train["seed"]} |
 | augmentation | crop {augment["crop"]}, {augment["policy"]}, erasing {augment["erasing"]:g}, mixup \
 {augment["mixup"]:g}, cutmix {augment["cutmix"]:g} |
 
