@@ -280,6 +280,7 @@ def test_a_checkpoint_of_the_original_authors_is_run_as_they_have_it(tmp_path, w
     assert fingerprint["model_config"]["hidden_act"] == "quick_gelu"
 
 
+@pytest.mark.slow
 def test_weights_that_do_not_fit_their_config_are_told_with_the_remedy(tiny_model, tmp_path, write_images):
     from safetensors.torch import load_file, save_file
 
