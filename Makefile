@@ -1,4 +1,6 @@
-# `make demo` and `make test` set everything up themselves, in .venv, from Python, pip and make alone.
+# `make demo` and `make test` set everything up themselves, in .venv, from Python, pip and make alone. The pip
+# that comes with a Python takes twice as long to resolve; most of what is installed is never imported, so that
+# Python compiles what is.
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
@@ -9,7 +11,8 @@ setup: $(VENV)/.installed
 
 $(VENV)/.installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[dev]'
+	$(BIN)/python -m pip install --quiet --upgrade pip
+	$(BIN)/python -m pip install --quiet --no-compile --constraint constraints.txt --editable '.[dev]'
 	touch $@
 
 demo: setup

@@ -200,7 +200,7 @@ def _tables(output: Storage, paths: list[str], columns: pa.Schema) -> Iterator[p
 
 def _query(timeout_s: float, connection: DuckDBPyConnection, *work: Any) -> pa.ChunkedArray:
     """What `_evaluate` returns; if it takes too long, its thread ends after a chunk of rows."""
-    pool, stop = ThreadPoolExecutor(1), threading.Event()
+    pool, stop = ThreadPoolExecutor(1, "where"), threading.Event()
     ids = pool.submit(_evaluate, stop, connection, *work)
     pool.shutdown(wait=False)
     try:

@@ -412,20 +412,23 @@ def slow_rows(count: int) -> pa.Table:
     return pa.table({"image_id": ids, "shard": ["slow.tar"] * count, "caption": ["a"] * count})
 
 
-def wait_for_threads(count: int) -> None:
-    until = time.monotonic() + 60
-    while threading.active_count() > count and time.monotonic() < until:
-        time.sleep(0.02)
-    assert threading.active_count() <= count
+def at_work() -> list[threading.Thread]:
+    return [thread for thread in threading.enumerate() if thread.name.startswith("where")]
+
+
+def wait_for_its_end() -> None:
+    for thread in at_work():
+        thread.join(60)
+    assert at_work() == []
 
 
 def test_an_expression_that_takes_too_long_is_stopped(output: Storage) -> None:
     path = put(output, slow_rows(60_000))
-    threads, started = threading.active_count(), time.monotonic()
+    started = time.monotonic()
 
     with pytest.raises(SearchError, match=r"--where took more than 0\.3 s and was stopped"):
         where.matching_ids(output, [path], SLOW, timeout_s=0.3)
-    wait_for_threads(threads)
+    wait_for_its_end()
 
     assert time.monotonic() - started < 8  # of 16 on a fast machine
 
@@ -433,22 +436,28 @@ def test_an_expression_that_takes_too_long_is_stopped(output: Storage) -> None:
 def test_the_limit_holds_where_duckdb_heeds_no_interrupt(
     output: Storage, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    path = put(output, slow_rows(2_000))
-    threads = threading.active_count()
+    path = put(output, slow_rows(1))
+    end_of_chunk, evaluate = threading.Event(), where._evaluate
+
+    def long_chunk(*work: Any) -> pa.ChunkedArray:
+        end_of_chunk.wait(60)
+        return evaluate(*work)
+
+    monkeypatch.setattr(where, "_evaluate", long_chunk)
     monkeypatch.setattr(where, "_GRACE_S", 0.1)
 
     with pytest.raises(SearchError, match=r"--where took more than 0\.1 s and was stopped"):
         where.matching_ids(output, [path], SLOW, timeout_s=0.1)
 
-    assert threading.active_count() > threads  # still at work on its one chunk of rows
-    wait_for_threads(threads)
+    assert at_work()  # and nobody waits for it
+    end_of_chunk.set()
+    wait_for_its_end()
 
 
 def test_nothing_more_is_read_once_the_time_is_over(
     output: Storage, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     read, files = [], [f"embeddings/{number}.parquet" for number in range(20 * where._AHEAD)]
-    threads = threading.active_count()
 
     def slow_storage(output: Storage, path: str, names: Sequence[str] = ()) -> pa.Table:
         if names:
@@ -460,6 +469,6 @@ def test_nothing_more_is_read_once_the_time_is_over(
 
     with pytest.raises(SearchError, match=r"--where took more than 0\.1 s and was stopped"):
         where.matching_ids(output, files, "image_id > 'x'", timeout_s=0.1)
-    wait_for_threads(threads)
+    wait_for_its_end()
 
     assert len(read) <= 10 * where._AHEAD
