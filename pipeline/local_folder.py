@@ -1,7 +1,8 @@
 """A folder of this machine: what a Storage does where its files are at hand.
 
 Writes are whole and durable: a temporary file beside the target, fsync, and one step that puts it in place.
-Nothing is tried again, since what fails on a disk does not pass. Errors are the system's own.
+What fails on a disk does not pass: only the deletion of a folder that is still written to is tried again.
+Errors are the system's own.
 """
 
 from __future__ import annotations

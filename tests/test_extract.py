@@ -17,8 +17,9 @@ import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
-from pipeline.errors import BusyError, ConfigError, FingerprintError
-from pipeline.extract import extract
+from pipeline.errors import BusyError, ConfigError, FingerprintError, StorageError
+from pipeline.extract import _leave, extract
+from pipeline.lease import acquire
 from pipeline.schema import REJECT_REASONS
 from pipeline.stop import Stop
 from pipeline.storage import Storage
@@ -506,6 +507,21 @@ def test_an_output_inside_the_input_folder_is_no_input(layout, tiny_model, tmp_p
     tally = run(config)
     assert (tally.planned_shards, tally.done_before, tally.rejects.total()) == (0, 1, 0)
     assert len(ids_of(tmp_path / "in/out")) == 4
+
+
+def test_a_clean_up_that_fails_is_a_warning_and_gives_the_lease_back(tmp_path, monkeypatch, caplog):
+    output = Storage(str(tmp_path))
+    lease = acquire(output, "mine", 120)
+
+    def refuse(self, path):
+        raise StorageError(f"storage failed at {path}: no")
+
+    monkeypatch.setattr(Storage, "delete_folder", refuse)
+    _leave(output, "mine", lease)
+
+    (told,) = [record.getMessage() for record in caplog.records if record.levelname == "WARNING"]
+    assert told == "storage failed at _staging/mine: no; the next run deletes what is left"
+    assert list((tmp_path / "lease").iterdir()) == []
 
 
 def test_a_run_whose_lease_was_taken_over_leaves_the_new_holders_parts(tiny_model, tmp_path, write_images):

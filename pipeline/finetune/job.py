@@ -157,13 +157,13 @@ def make_job(
     from pipeline.finetune.training import Job
 
     classes = start.classes(found.classes)
-    samples = open_samples(output, stems_of(sources, found), classes)
-    train, validation = samples["train"], samples["validation"]
     if config.train.interpolate and not start.has_head_of(classes):
         raise ConfigError(
             f"train.interpolate: {config.model.checkpoint} does not classify into the {len(classes)} "
             "classes of the images, so its weights cannot be mixed with the trained ones; leave it out"
         )
+    samples = open_samples(output, stems_of(sources, found), classes)
+    train, validation = samples["train"], samples["validation"]
     images = train.digest, validation.digest
     digest = _digest([images, classes, *_recipe(config, start), precision])
     return Job(config, start, classes, train, validation, output, precision, digest)

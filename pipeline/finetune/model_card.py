@@ -21,8 +21,9 @@ def model_card(metrics: dict[str, Any]) -> str:
     named = ", ".join(classes[:MOST_NAMED]) + (", …" if len(classes) > MOST_NAMED else "")
     train, augment = metrics["config"]["train"], metrics["config"]["augment"]
     optimizer = {"adamw": "AdamW", "muon": "Muon and AdamW"}[train["optimizer"]]
-    mixed = metrics["interpolation"]
-    share = f" ({mixed['share']:.0%} of them, the rest the checkpoint's: WiSE-FT)" if mixed else ""
+    mixed, share = metrics["interpolation"], ""
+    if mixed and mixed["share"] < 1:
+        share = f" ({mixed['share']:.0%} of them, the rest the checkpoint's: WiSE-FT)"
     begun = f"fine-tuned from `{metrics['from']}`" if metrics["from"] else "trained from random weights"
     return f"""---
 {yaml.safe_dump(head, sort_keys=False).strip()}
