@@ -1,9 +1,11 @@
 # `make demo` and `make test` set everything up themselves, in .venv, from Python, pip and make alone. The pip
-# that comes with a Python takes twice as long to resolve; most of what is installed is never imported, so that
-# Python compiles what is.
+# that comes with a Python takes twice as long to resolve, and compiles on one core.
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
+
+# Where it is set, each of the many processes of a run compiles our sources again.
+export PYTHONDONTWRITEBYTECODE :=
 
 .PHONY: setup demo test test-all chaos lint types clean
 
@@ -11,8 +13,9 @@ setup: $(VENV)/.installed
 
 $(VENV)/.installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --upgrade pip
-	$(BIN)/python -m pip install --quiet --no-compile --constraint constraints.txt --editable '.[dev]'
+	$(BIN)/python -m pip install -qq --upgrade pip
+	$(BIN)/python -m pip install -qq --no-compile --constraint constraints.txt --editable '.[dev]'
+	$(BIN)/python -m compileall -qq -j 0 -x '/tests?/' $(VENV)/lib || true # some are of other Pythons
 	touch $@
 
 demo: setup
