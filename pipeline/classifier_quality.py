@@ -9,9 +9,9 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 
+from pipeline.commits import CommitLog
 from pipeline.labelled_rows import NO_CLASS, VECTOR_ROWS, matrix, tables
 from pipeline.quality import Flags, Floats, Ids, calibration, confusion
-from pipeline.storage import Storage
 
 TOP = 5
 
@@ -25,7 +25,7 @@ class Classifier:
     in_top5: Flags
 
 
-def ask_classifier(output: Storage, label: Ids, class_of_id: dict[int, int]) -> Classifier | None:
+def ask_classifier(log: CommitLog, label: Ids, class_of_id: dict[int, int]) -> Classifier | None:
     """What the output's columns say of the labelled images; None where there are no such columns."""
     size = max(class_of_id) + 2
     translated = np.full(size, NO_CLASS, np.int32)
@@ -37,7 +37,7 @@ def ask_classifier(output: Storage, label: Ids, class_of_id: dict[int, int]) -> 
 
     parts: list[tuple[Ids, Floats, Flags]] = []
     seen = 0
-    for _, table in tables(output, ("label_id", "score", "logits", "top_ids"), VECTOR_ROWS):
+    for _, table in tables(log, ("label_id", "score", "logits", "top_ids"), VECTOR_ROWS):
         if "label_id" not in table.column_names:
             return None
         mine = label[seen : seen + table.num_rows]

@@ -71,13 +71,13 @@ class CommitLog:
     """The commits of an output, from one listing; records are read only where they are needed."""
 
     def __init__(self, output: Storage) -> None:
-        self._output = output
+        self.output = output
         self._records: dict[str, Commit] = {}
 
     @cached_property
     def listed(self) -> frozenset[str]:
         """Every file stem that has a record, superseded or not."""
-        names = (info.path for info in self._output.find(COMMITS))
+        names = (info.path for info in self.output.find(COMMITS))
         return frozenset(
             name.removeprefix(f"{COMMITS}/").removesuffix(".json")
             for name in names
@@ -116,10 +116,10 @@ class CommitLog:
     def _read_one(self, stem: str) -> Commit:
         path = f"{COMMITS}/{stem}.json"
         try:
-            return Commit.from_json(self._output.read_bytes(path))
+            return Commit.from_json(self.output.read_bytes(path))
         except (ValueError, KeyError, TypeError) as error:
             raise OutputError(
-                f"{self._output.url(path)}: not a commit record ({error!r}); "
+                f"{self.output.url(path)}: not a commit record ({error!r}); "
                 "delete it to have its shard done again"
             ) from error
 

@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 
 from pipeline.classifier_quality import Classifier, ask_classifier, classifier_values
+from pipeline.commits import CommitLog
 from pipeline.errors import FingerprintError, InputError
 from pipeline.evaluation_page import evaluation_page
 from pipeline.fingerprint import Fingerprint, require_fingerprint
@@ -61,18 +62,23 @@ def evaluate(
     place, known = (output, labels) if reference is None else (reference.output, reference.labels)
     check_alike(output, fingerprint, place, "--reference")
     searcher = Searcher(place)
-    found = read_labels(output, labels)
+    log = CommitLog(output)
+    found = read_labels(log, labels)
     if not any(found.names):
         raise InputError(
             f"--labels: none of the {found.num_images:,} images of {output.uri} has a label there"
         )
     classes, class_of_id = _classes(found.names, fingerprint)
     label = found.as_classes(classes)
-    classifier = ask_classifier(output, label, class_of_id) if class_of_id else None
-    reference_label = label if place is output else read_labels(place, known).as_classes(classes)
-    by_faiss_id = classes_by_faiss_id(place, reference_label, searcher)
+    classifier = ask_classifier(log, label, class_of_id) if class_of_id else None
+    own = place is output
+    if own:
+        by_faiss_id = classes_by_faiss_id(log, label, searcher)
+    else:
+        there = CommitLog(place)
+        by_faiss_id = classes_by_faiss_id(there, read_labels(there, known).as_classes(classes), searcher)
     chosen = choose(label, most_queries)
-    neighbours = ask_neighbours(output, label, chosen, searcher, by_faiss_id, k, own=place is output)
+    neighbours = ask_neighbours(log, label, chosen, searcher, by_faiss_id, k, own=own)
     values = {
         "output": output.uri,
         "reference": place.uri,

@@ -15,10 +15,10 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from pipeline.commits import CommitLog
+from pipeline.errors import BusyError
 from pipeline.label_source import LabelSource
 from pipeline.quality import Ids
 from pipeline.schema import IMAGE_ID
-from pipeline.storage import Storage
 
 LABEL_ROWS, VECTOR_ROWS = 65_536, 4_096  # read at once
 NO_CLASS = -1
@@ -42,11 +42,11 @@ class Labels:
         return translated[self.numbers]  # NO_CLASS, -1, takes the last one
 
 
-def read_labels(output: Storage, labels: LabelSource) -> Labels:
+def read_labels(log: CommitLog, labels: LabelSource) -> Labels:
     """The labels of all images, in the order of the files."""
     numbers: dict[str, int] = {}
     parts = [np.empty(0, np.int32)]
-    for _, table in tables(output, (IMAGE_ID, *labels.columns), LABEL_ROWS):
+    for _, table in tables(log, (IMAGE_ID, *labels.columns), LABEL_ROWS):
         found = labels.labels_of(table).to_pylist()
         parts.append(
             np.array(
@@ -56,17 +56,24 @@ def read_labels(output: Storage, labels: LabelSource) -> Labels:
     return Labels(list(numbers), np.concatenate(parts))
 
 
-def tables(output: Storage, columns: Sequence[str], rows: int) -> Iterator[tuple[str, pa.Table]]:
+def tables(log: CommitLog, columns: Sequence[str], rows: int) -> Iterator[tuple[str, pa.Table]]:
     """The committed rows with the stem of their commit, in the order of the files, some at a time.
 
-    A column that a file does not have is left out.
+    A row is known by its place in that order: who reads rows more than once does so by one log, which is of
+    one moment, whatever runs commit meanwhile. A column that a file does not have is left out.
+
+    Raises BusyError where a run has replaced or removed a shard since that moment.
     """
-    log = CommitLog(output)
-    for commit in log.stream(log.live):
-        with output.local_copy(commit.embeddings.path) as path, pq.ParquetFile(path) as file:
-            names = [name for name in dict.fromkeys(columns) if name in file.schema_arrow.names]
-            for batch in file.iter_batches(rows, columns=names):
-                yield commit.stem, pa.Table.from_batches([batch])
+    try:
+        for commit in log.stream(log.live):
+            with log.output.local_copy(commit.embeddings.path) as path, pq.ParquetFile(path) as file:
+                names = [name for name in dict.fromkeys(columns) if name in file.schema_arrow.names]
+                for batch in file.iter_batches(rows, columns=names):
+                    yield commit.stem, pa.Table.from_batches([batch])
+    except FileNotFoundError as error:
+        raise BusyError(
+            f"{log.output.uri}: a run has replaced or removed a shard meanwhile ({error}); run this again"
+        ) from error
 
 
 def matrix(column: pa.ChunkedArray) -> npt.NDArray[Any]:

@@ -14,13 +14,13 @@ import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from pipeline.commits import CommitLog
 from pipeline.errors import InputError
 from pipeline.index.vectors import Vectors, usable
 from pipeline.labelled_rows import LABEL_ROWS, NO_CLASS, VECTOR_ROWS, matrix, tables
 from pipeline.quality import Flags, Floats, Ids
 from pipeline.schema import IMAGE_ID
 from pipeline.search import Searcher
-from pipeline.storage import Storage
 
 DEPTH = 100  # of the neighbours that mean average precision looks at
 RECALL_AT = (1, 5, 10)
@@ -40,11 +40,11 @@ class Neighbours:
     found: dict[int, Flags]  # whether one of the k nearest has the label, by k
 
 
-def classes_by_faiss_id(place: Storage, label: Ids, searcher: Searcher) -> Ids:
+def classes_by_faiss_id(log: CommitLog, label: Ids, searcher: Searcher) -> Ids:
     """The class of each indexed image, by its faiss id."""
     classes = np.full(searcher.record.next_id, NO_CLASS, np.int32)
     seen = 0
-    for stem, table in tables(place, (IMAGE_ID,), LABEL_ROWS):
+    for stem, table in tables(log, (IMAGE_ID,), LABEL_ROWS):
         ids = faiss_ids(table, stem, searcher)
         mine = label[seen : seen + len(ids)]
         seen += len(ids)
@@ -69,7 +69,7 @@ def choose(label: Ids, most: int) -> Numbers:
 
 
 def ask_neighbours(
-    output: Storage,
+    log: CommitLog,
     label: Ids,
     chosen: Numbers,
     searcher: Searcher,
@@ -85,7 +85,7 @@ def ask_neighbours(
     parts: list[tuple[Ids, Ids, Floats, Matrix]] = []
     per_class = np.bincount(by_faiss_id[by_faiss_id != NO_CLASS], minlength=int(label.max()) + 1)
     seen = 0
-    for stem, table in tables(output, (IMAGE_ID, "embedding"), VECTOR_ROWS):
+    for stem, table in tables(log, (IMAGE_ID, "embedding"), VECTOR_ROWS):
         rows = chosen[(chosen >= seen) & (chosen < seen + table.num_rows)]
         table, seen = table.take(pa.array(rows - seen)), seen + table.num_rows
         vectors = matrix(table.column("embedding")).astype(np.float32)
@@ -102,7 +102,7 @@ def ask_neighbours(
         there = per_class[mine] - own
         parts.append((mine, _vote(neighbours[:, :k], scores[:, :k]), _precision(relevant, there), relevant))
     if not parts:
-        raise InputError(f"--labels: no labelled image of {output.uri} has an embedding to compare")
+        raise InputError(f"--labels: no labelled image of {log.output.uri} has an embedding to compare")
     mine, voted, precision, relevant = (np.concatenate(part) for part in zip(*parts, strict=True))
     return Neighbours(mine, voted, precision, {k: np.any(relevant[:, :k], axis=1) for k in RECALL_AT})
 

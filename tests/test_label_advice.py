@@ -4,16 +4,20 @@ from __future__ import annotations
 
 import csv
 import json
+from collections.abc import Callable
 from pathlib import Path
+from types import ModuleType
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from pipeline.commits import CommitLog, remove_commits
 from pipeline.config import LabelConfig
-from pipeline.errors import ConfigError, InputError
-from pipeline.labels import cross_validation
+from pipeline.errors import BusyError, ConfigError, InputError
+from pipeline.labels import cross_validation, methods, suspects
 from pipeline.labels.cross_validation import ALWAYS_TRAINED, fold_of
 from pipeline.labels.make import make_labels
 from pipeline.labels.methods import chosen_rows, vectors_of
@@ -148,13 +152,61 @@ def test_folds_share_every_class_and_leave_its_only_image_out() -> None:
     assert not np.array_equal(fold, fold_of(label, 5, seed=1))
 
 
+def when_labels_are_read(
+    monkeypatch: pytest.MonkeyPatch, module: ModuleType, name: str, do: Callable[[], object]
+) -> None:
+    """Have something happen between two readings of an output's rows."""
+    read = getattr(module, name)
+
+    def interrupted(*given: Any) -> Any:
+        found = read(*given)
+        monkeypatch.setattr(module, name, read)
+        do()
+        return found
+
+    monkeypatch.setattr(module, name, interrupted)
+
+
+def test_what_a_run_commits_meanwhile_shifts_no_label(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    output, path, _ = flipped(tmp_path, 600, 0.02)
+    noise = np.random.default_rng(0).normal(size=(75, DIM)).astype(np.float32)
+    config = LabelConfig(method="probe", labels=str(path))
+    undisturbed = make_labels(output, config)
+
+    when_labels_are_read(monkeypatch, methods, "read_labels", lambda: commit_vectors(output, "0", noise))
+    made = make_labels(output, config)
+    assert made["images"] == 600
+    assert made["cross_validation"] == undisturbed["cross_validation"]
+
+    when_labels_are_read(monkeypatch, suspects, "read_classes", lambda: commit_vectors(output, "00", noise))
+    assert find_suspects(output, config)["labelled"] == 600
+    given = dict(csv.reader(path.open()))
+    assert all(row["given"] == given[row["image_id"]] for row in suspects_of(output).to_pylist())
+
+
+def test_a_shard_that_a_run_replaces_meanwhile_is_told(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    output, path, _ = flipped(tmp_path, 600, 0.02)
+    config = LabelConfig(method="probe", labels=str(path))
+    last = max(CommitLog(output).live)
+    when_labels_are_read(monkeypatch, methods, "read_labels", lambda: remove_commits(output, [last]))
+    with pytest.raises(
+        BusyError, match=r"a run has replaced or removed a shard meanwhile .* run this again"
+    ):
+        make_labels(output, config)
+    assert not output.find("labels")
+
+
 def test_rows_are_drawn_from_every_class(tmp_path: Path) -> None:
     output = empty_output(tmp_path / "out", CLASSES)
     vectors, _ = clusters(1000)
     commit_vectors(output, "a", vectors)
     label = np.array([0] * 900 + [1] * 95 + [2] * 3 + [-1] * 2, np.int32)
     config = LabelConfig(most_labelled=120)
-    rows, found = chosen_rows(output, label, ("embedding",), vectors_of, config)
+    rows, found = chosen_rows(CommitLog(output), label, ("embedding",), vectors_of, config)
     assert len(rows) == 120
     assert (label[rows] == 2).sum() == 3
     assert (label[rows] == 1).sum() >= 40

@@ -16,6 +16,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from pipeline import schema
+from pipeline.commits import CommitLog
 from pipeline.config import LabelConfig
 from pipeline.errors import InputError
 from pipeline.fingerprint import require_fingerprint
@@ -41,13 +42,14 @@ def make_labels(output: Storage, config: LabelConfig) -> dict[str, Any]:
     started = time.time()
     fingerprint = require_fingerprint(output)
     known = None if config.labels is None else open_known(output, fingerprint, config)
-    ready = METHODS[config.method](output, fingerprint, known, config)
+    log = CommitLog(output)
+    ready = METHODS[config.method](log, fingerprint, known, config)
     method = ready.method
     rule = Rule.of(method.classes, config.coarser, config.threshold, config.thresholds)
     given = known if config.keep_known and config.reference is None else None
-    known_rows = Overrides(output, rule, given, config.coarser)
+    known_rows = Overrides(log, rule, given, config.coarser)
     version = unique_name()
-    counts = _write(output, f"{LABELS}/{version}/{FILE}", method, rule, known_rows)
+    counts = _write(log, f"{LABELS}/{version}/{FILE}", method, rule, known_rows)
     if not counts.total():
         raise InputError(f"{output.uri} has no committed images to label")
     for name, data in ready.files.items():
@@ -70,23 +72,23 @@ def make_labels(output: Storage, config: LabelConfig) -> dict[str, Any]:
     return summary
 
 
-def _write(output: Storage, path: str, method: Method, rule: Rule, overrides: Overrides) -> Counter[str]:
+def _write(log: CommitLog, path: str, method: Method, rule: Rule, overrides: Overrides) -> Counter[str]:
     """Write the labels of all images, some at a time; how many have each."""
     counts: Counter[str] = Counter()
     with (
-        output.replacing(path) as local,
+        log.output.replacing(path) as local,
         pq.ParquetWriter(local, schema.LABELS, compression="zstd") as writer,
     ):
-        for rows in _labelled(output, method, rule, overrides):
+        for rows in _labelled(log, method, rule, overrides):
             writer.write_table(rows)
             found = rows.column("label").combine_chunks().value_counts()
             counts.update(dict(zip(*(found.field(n).to_pylist() for n in (0, 1)), strict=True)))
     return counts
 
 
-def _labelled(output: Storage, method: Method, rule: Rule, overrides: Overrides) -> Iterator[pa.Table]:
+def _labelled(log: CommitLog, method: Method, rule: Rule, overrides: Overrides) -> Iterator[pa.Table]:
     at_once = max(64, min(MOST_ROWS, MOST_CELLS // max(1, len(method.classes))))
     columns = (schema.IMAGE_ID, *method.columns, *overrides.columns)
-    for stem, table in tables(output, columns, at_once):
+    for stem, table in tables(log, columns, at_once):
         ids = table.column(schema.IMAGE_ID).combine_chunks()
         yield overrides.put_into(rule.columns(ids, method(table, stem), method.method), table)

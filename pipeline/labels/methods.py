@@ -15,6 +15,7 @@ import numpy.typing as npt
 import pyarrow as pa
 
 from pipeline import schema
+from pipeline.commits import CommitLog
 from pipeline.config import LabelConfig
 from pipeline.errors import ConfigError, InputError
 from pipeline.evaluate import check_alike
@@ -87,6 +88,15 @@ def _reference(output: Storage, config: LabelConfig) -> Storage:
     return Storage(config.reference, output.options_for(config.reference))
 
 
+def _labelled(log: CommitLog, fingerprint: Fingerprint, config: LabelConfig) -> CommitLog:
+    """The rows whose labels are known: the output's own, or the reference's."""
+    if config.reference is None:
+        return log
+    place = _reference(log.output, config)
+    check_alike(log.output, fingerprint, place, "label.reference")
+    return CommitLog(place)
+
+
 def _wanted(known: LabelSource | None) -> LabelSource:
     if known is None:
         raise ConfigError(
@@ -97,22 +107,24 @@ def _wanted(known: LabelSource | None) -> LabelSource:
 
 
 def _head(
-    output: Storage, fingerprint: Fingerprint, known: LabelSource | None, config: LabelConfig
+    log: CommitLog, fingerprint: Fingerprint, known: LabelSource | None, config: LabelConfig
 ) -> Ready:
-    classes = classes_of(fingerprint, output.uri)
+    classes = classes_of(fingerprint, log.output.uri)
+    if config.reference is not None:
+        raise ConfigError("label.reference: the head needs none; leave it out, or use neighbours or probe")
     if known is None:
         return Ready(Head(classes))
-    labels = read_labels(output, known)
+    labels = read_labels(log, known)
     if not set(labels.names) & set(classes):
         raise InputError(
             f"label.labels: none of these labels is a class of the model ({', '.join(labels.names[:5])}); "
             "the head can be calibrated by labels of its own classes alone"
         )
     label = labels.as_classes(classes)
-    rows, logits = chosen_rows(output, label, ("logits",), logits_of, config)
+    rows, logits = chosen_rows(log, label, ("logits",), logits_of, config)
     if len(rows) < LEAST_ROWS:
         raise InputError(
-            f"label.labels: {len(rows)} images of {output.uri} with all their logits have a label, a "
+            f"label.labels: {len(rows)} images of {log.output.uri} with all their logits have a label, a "
             f"calibration needs {LEAST_ROWS}; logits are kept with output.logits=full"
         )
     found = calibrate(logits, label[rows], config.seed)
@@ -120,14 +132,13 @@ def _head(
 
 
 def _neighbours(
-    output: Storage, fingerprint: Fingerprint, known: LabelSource | None, config: LabelConfig
+    log: CommitLog, fingerprint: Fingerprint, known: LabelSource | None, config: LabelConfig
 ) -> Ready:
-    known, place = _wanted(known), _reference(output, config)
-    if config.reference is not None:
-        check_alike(output, fingerprint, place, "label.reference")
-    labels, classes = read_classes(place, known)
+    known, there = _wanted(known), _labelled(log, fingerprint, config)
+    labels, classes = read_classes(there, known)
+    place = there.output
     searcher = Searcher(place)
-    by_faiss_id = classes_by_faiss_id(place, labels.as_classes(classes), searcher)
+    by_faiss_id = classes_by_faiss_id(there, labels.as_classes(classes), searcher)
     num_labelled = int((by_faiss_id != NO_CLASS).sum())
     if not num_labelled:
         raise InputError(f"label.labels: no indexed image of {place.uri} has a label")
@@ -137,22 +148,20 @@ def _neighbours(
 
 
 def _probe(
-    output: Storage, fingerprint: Fingerprint, known: LabelSource | None, config: LabelConfig
+    log: CommitLog, fingerprint: Fingerprint, known: LabelSource | None, config: LabelConfig
 ) -> Ready:
     if config.probe is not None:
         folder, name = parent_and_name(config.probe)
-        with Storage(folder, output.options_for(config.probe)).local_copy(name) as path:
+        with Storage(folder, log.output.options_for(config.probe)).local_copy(name) as path:
             return Ready(Probe.read(path, fingerprint.digest), {"probe": config.probe})
-    known, place = _wanted(known), _reference(output, config)
-    if config.reference is not None:
-        check_alike(output, fingerprint, place, "label.reference")
-    labels, classes = read_classes(place, known)
+    known, there = _wanted(known), _labelled(log, fingerprint, config)
+    labels, classes = read_classes(there, known)
     label = labels.as_classes(classes)
-    rows, vectors = chosen_rows(place, label, ("embedding",), vectors_of, config)
+    rows, vectors = chosen_rows(there, label, ("embedding",), vectors_of, config)
     vectors, chosen = vectors.astype(np.float32), label[rows]
     whole = np.isfinite(vectors).all(axis=1)
     vectors, chosen = vectors[whole], chosen[whole]
-    check_labelled(chosen, place.uri)
+    check_labelled(chosen, there.output.uri)
     fold = fold_of(chosen, config.folds, config.seed)
     strength = choose_strength(vectors, chosen, fold, len(classes), config.seed)
     p, _ = cross_validated(vectors, chosen, fold, len(classes), strength)
@@ -171,11 +180,11 @@ def _probe(
 METHODS: dict[str, Callable[..., Ready]] = {"head": _head, "neighbours": _neighbours, "probe": _probe}
 
 
-def read_classes(place: Storage, known: LabelSource) -> tuple[Labels, list[str]]:
-    labels = read_labels(place, known)
+def read_classes(log: CommitLog, known: LabelSource) -> tuple[Labels, list[str]]:
+    labels = read_labels(log, known)
     if not labels.names:
         raise InputError(
-            f"label.labels: none of the {labels.num_images:,} images of {place.uri} has a label there"
+            f"label.labels: none of the {labels.num_images:,} images of {log.output.uri} has a label there"
         )
     return labels, class_order(set(labels.names))
 
@@ -198,7 +207,7 @@ def _drawn(rows: Numbers, label: Ids, config: LabelConfig) -> Numbers:
 
 
 def chosen_rows(
-    place: Storage,
+    log: CommitLog,
     label: Ids,
     columns: tuple[str, ...],
     read: Callable[[pa.Table], npt.NDArray[Any] | None],
@@ -207,7 +216,7 @@ def chosen_rows(
     """Labelled rows, at most `label.most_labelled` by seed, and what `read` takes from each."""
     rows = _drawn(np.flatnonzero(label != NO_CLASS), label, config)
     there, values, seen = [], [], 0
-    for _, table in tables(place, (schema.IMAGE_ID, *columns), VECTOR_ROWS):
+    for _, table in tables(log, (schema.IMAGE_ID, *columns), VECTOR_ROWS):
         mine = rows[(rows >= seen) & (rows < seen + table.num_rows)]
         taken = table.take(pa.array(mine - seen))
         seen += table.num_rows

@@ -9,13 +9,13 @@ from collections.abc import Mapping
 
 import pyarrow as pa
 
+from pipeline.commits import CommitLog
 from pipeline.label_source import LabelSource
 from pipeline.labelled_rows import read_labels
 from pipeline.labels.decide import UNKNOWN, UNKNOWN_ID, Rule
 from pipeline.labels.reviews import standing
 from pipeline.quality import class_order
 from pipeline.schema import IMAGE_ID, LABELS
-from pipeline.storage import Storage
 
 GIVEN, REVIEW = "given", "review"
 
@@ -27,13 +27,13 @@ class Overrides:
     """
 
     def __init__(
-        self, output: Storage, rule: Rule, given: LabelSource | None, coarser: Mapping[str, str]
+        self, log: CommitLog, rule: Rule, given: LabelSource | None, coarser: Mapping[str, str]
     ) -> None:
         self._given, self._coarser = given, coarser
-        self._reviews = standing(output)
+        self._reviews = standing(log.output)
         found = {said.label for said in self._reviews.values() if said.label is not None}
         if given is not None:
-            found |= {coarser.get(name, name) for name in read_labels(output, given).names}
+            found |= {coarser.get(name, name) for name in read_labels(log, given).names}
         self.names = (*rule.labels, *class_order(found - set(rule.labels)))
         self._place = {name: number for number, name in reversed(list(enumerate(self.names)))}
 

@@ -22,6 +22,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from pipeline import schema
+from pipeline.commits import CommitLog
 from pipeline.config import LabelConfig
 from pipeline.errors import InputError
 from pipeline.fingerprint import require_fingerprint
@@ -72,10 +73,11 @@ def suggest(
     started = time.time()
     fingerprint = require_fingerprint(output)
     known = None if config.labels is None else open_known(output, fingerprint, config)
-    ready = METHODS[config.method](output, fingerprint, known, config)
+    log = CommitLog(output)
+    ready = METHODS[config.method](log, fingerprint, known, config)
     own = known if config.reference is None else None
     reviewed = pa.array(list(standing(output)), pa.string())
-    found = _candidates(output, ready.method, own, reviewed, number * WIDER)
+    found = _candidates(log, ready.method, own, reviewed, number * WIDER)
     if not found.image_ids:
         raise InputError(f"{output.uri} has no image without a label that could be suggested")
     chosen = found.take(_unlike(found, number, config.seed))
@@ -88,7 +90,7 @@ def suggest(
     note = (
         f"{len(captions):,} images of {output.uri} whose labels would teach most; the most uncertain first."
     )
-    page = sheet(output, "Images to label next", note, captions, input_options or {})
+    page = sheet(log, "Images to label next", note, captions, input_options or {})
     output.write_bytes(f"{FOLDER}/{version}/{SHEET}", page.encode())
     summary = {
         "version": version,
@@ -103,13 +105,13 @@ def suggest(
 
 
 def _candidates(
-    output: Storage, method: Method, known: LabelSource | None, reviewed: pa.Array, most: int
+    log: CommitLog, method: Method, known: LabelSource | None, reviewed: pa.Array, most: int
 ) -> Candidates:
     """The images without a label, and not `reviewed`, whose margins are the least, at most so many."""
     rule = Rule.of(method.classes, {}, 0, {})
     kept: Candidates | None = None
     columns = (schema.IMAGE_ID, "embedding", *method.columns, *(known.columns if known else ()))
-    for stem, table in tables(output, columns, VECTOR_ROWS):
+    for stem, table in tables(log, columns, VECTOR_ROWS):
         if known is not None:
             table = table.filter(known.labels_of(table).is_null())
         if len(reviewed):

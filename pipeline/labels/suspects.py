@@ -22,6 +22,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from pipeline import schema
+from pipeline.commits import CommitLog
 from pipeline.config import LabelConfig
 from pipeline.errors import ConfigError
 from pipeline.fingerprint import require_fingerprint
@@ -74,11 +75,12 @@ def find_suspects(
     if config.reference is not None:
         raise ConfigError("label.reference: suspects are looked for among the output's own labels alone")
     fingerprint = require_fingerprint(output)
-    labels, classes = read_classes(output, open_wanted(output, fingerprint, config))
+    log = CommitLog(output)
+    labels, classes = read_classes(log, open_wanted(output, fingerprint, config))
     label = labels.as_classes(classes)
     check_labelled(label[label != NO_CLASS], output.uri)
-    probes, thresholds_K, fold_N = _train(output, label, config)
-    judged, ids = _judge(output, label, fold_N, probes, thresholds_K)
+    probes, thresholds_K, fold_N = _train(log, label, config)
+    judged, ids = _judge(log, label, fold_N, probes, thresholds_K)
     order = np.argsort(judged.p_given - judged.p_suggested, kind="stable")
     version = unique_name()
     _write(output, f"{FOLDER}/{version}/{FILE}", judged, ids, order, classes)
@@ -88,7 +90,7 @@ def find_suspects(
         for n in order[:MOST].tolist()
     ]
     note = f"{flagged:,} of {len(order):,} labels of {output.uri} are probably wrong; the likeliest first."
-    page = sheet(output, "Suspicious labels", note, captions, input_options or {})
+    page = sheet(log, "Suspicious labels", note, captions, input_options or {})
     output.write_bytes(f"{FOLDER}/{version}/{SHEET}", page.encode())
     summary = {
         "version": version,
@@ -104,12 +106,12 @@ def find_suspects(
     return summary
 
 
-def _train(output: Storage, label: Ids, config: LabelConfig) -> tuple[Folds, Floats, Ids]:
+def _train(log: CommitLog, label: Ids, config: LabelConfig) -> tuple[Folds, Floats, Ids]:
     """The folds' probes, how likely classes usually are of their own images (K,), the fold of each row."""
     num_classes = int(label.max()) + 1
     fold = np.full(len(label), ALWAYS_TRAINED, np.int32)
     fold[label != NO_CLASS] = fold_of(label[label != NO_CLASS], config.folds, config.seed)
-    rows, vectors = chosen_rows(output, label, ("embedding",), vectors_of, config)
+    rows, vectors = chosen_rows(log, label, ("embedding",), vectors_of, config)
     whole = np.isfinite(vectors).all(axis=1)
     rows, vectors = rows[whole], vectors[whole].astype(np.float32)
     given, folds = label[rows], fold[rows]
@@ -125,13 +127,13 @@ def _train(output: Storage, label: Ids, config: LabelConfig) -> tuple[Folds, Flo
 
 
 def _judge(
-    output: Storage, label: Ids, fold: Ids, probes: Folds, thresholds_K: Floats
+    log: CommitLog, label: Ids, fold: Ids, probes: Folds, thresholds_K: Floats
 ) -> tuple[Judged, pa.ChunkedArray]:
     """Every labelled row, in the order of the files, and their ids."""
     parts: list[tuple[npt.NDArray[Any], ...]] = []
     ids: list[pa.Array] = []
     seen = 0
-    for _, table in tables(output, (schema.IMAGE_ID, "embedding"), VECTOR_ROWS):
+    for _, table in tables(log, (schema.IMAGE_ID, "embedding"), VECTOR_ROWS):
         rows = slice(seen, seen + table.num_rows)
         seen += table.num_rows
         vectors = vectors_of(table).astype(np.float32)

@@ -129,7 +129,7 @@ def _make(output: Storage, log: CommitLog, folder: Path) -> None:
         pa.OSFile(str(folder / "rows.arrow"), "wb") as file,
         pa.ipc.new_file(file, rows_schema) as writer,
     ):
-        for _, table in tables(output, rows_schema.names, LABEL_ROWS):
+        for _, table in tables(log, rows_schema.names, LABEL_ROWS):
             whole = pa.concat_tables([rows_schema.empty_table(), table], promote_options="permissive")
             whole = whole.select(rows_schema.names).cast(rows_schema)
             for batch in whole.combine_chunks().to_batches():
