@@ -70,7 +70,7 @@ class Storm:
         done = num_commits(self._folder)
         until, pause = self._rng.randrange(done, self._num_shards), self._rng.uniform(0, 1)
         process = start(self._folder / "config.yaml")
-        deadline = time.time() + 180
+        deadline = time.time() + 600
         while num_commits(self._folder) < until and process.poll() is None and time.time() < deadline:
             time.sleep(0.01)
         time.sleep(pause)
@@ -123,7 +123,7 @@ class Storm:
         out = self._folder / "out"
         if not out.exists():  # just begun, after one that was held against it
             return
-        last = cli("extract", self._folder / "config.yaml", timeout_s=300)
+        last = cli("extract", self._folder / "config.yaml", timeout_s=900)
         assert last.returncode == 0, f"{told}\n{last.stderr[-3000:]}"
         assert_same_rows((rows_of(out), rows_of(out, "rejects")), self._undisturbed, told)
         assert leftovers(out) == [], told

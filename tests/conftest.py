@@ -14,6 +14,8 @@ from PIL import Image
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+# Else Ray's workers (nice 15) starve beside the tests of the other process, and run into time limits.
+os.environ.setdefault("RAY_worker_niceness", "0")
 
 
 LONGEST_FIRST = (

@@ -45,18 +45,18 @@ def undisturbed(ray_session, corpus, tiny_model, tmp_path_factory):
     return rows_of(out), rows_of(out, "rejects")
 
 
-def start(config):
+def start(config, program=(str(CLI),)):
     """An extract in a process of its own, whose output goes to files beside its config."""
     log = config.with_suffix(".log").open("ab")
     with log:
-        return subprocess.Popen([str(CLI), "extract", str(config)], stdout=log, stderr=log)
+        return subprocess.Popen([*program, "extract", str(config)], stdout=log, stderr=log)
 
 
 def num_commits(folder):
     return len(list((folder / "out/commits").glob("*.json")))
 
 
-def wait_for_commits(process, folder, count, timeout_s=90):
+def wait_for_commits(process, folder, count, timeout_s=600):
     """Until so many shards are committed, or the run has ended."""
     deadline = time.time() + timeout_s
     while num_commits(folder) < count and process.poll() is None:
@@ -96,7 +96,7 @@ def kill(process):
     orphans = descendants(process.pid)
     process.kill()
     process.wait()
-    deadline = time.time() + 60
+    deadline = time.time() + 300
     while alive := [command(orphan) for orphan, started in orphans if is_alive(orphan, started)]:
         working = [words for words in alive if not words.startswith(RAY_AGENTS)]
         if not working:

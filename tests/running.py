@@ -70,7 +70,7 @@ def cli(
     *words: object,
     cwd: Path | None = None,
     env: Mapping[str, str] | None = None,
-    timeout_s: float = 150,
+    timeout_s: float = 900,
 ) -> subprocess.CompletedProcess[str]:
     """`cvt-pipeline WORDS` to its end."""
     return subprocess.run(

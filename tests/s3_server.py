@@ -7,8 +7,10 @@ finds by itself. Both may do all that a run needs, and not create buckets.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
+import random
 import socket
 import subprocess
 import sys
@@ -30,21 +32,20 @@ READER_KEY, READER_SECRET = "reader-access-key", "r3ader-4a8e0d6f1b"
 ADMIN_KEY, ADMIN_SECRET = "admin-access-key", "adm1n-7d2b9c4f0e"
 SECRETS = (KEY, SECRET, READER_KEY, READER_SECRET, ADMIN_KEY, ADMIN_SECRET)
 BUCKET = "corpus"
-_UP_S = 60
+_UP_S = 300
 
 
 def free_port() -> int:
-    """A free port whose number plus 10,000 is free too: the server's gRPC ports lie there."""
+    """A free port whose number plus 10,000 is free too: the server's gRPC ports lie there.
+
+    Both are below those that the system gives to whoever asks for any, until the server has bound them.
+    """
     while True:
-        with socket.socket() as one, socket.socket() as other:
-            one.bind(("127.0.0.1", 0))
-            port: int = one.getsockname()[1]
-            if port < 55_000:
-                try:
-                    other.bind(("127.0.0.1", port + 10_000))
-                except OSError:
-                    continue
-                return port
+        port = random.SystemRandom().randrange(10_000, 22_000)
+        with socket.socket() as one, socket.socket() as other, contextlib.suppress(OSError):
+            one.bind(("127.0.0.1", port))
+            other.bind(("127.0.0.1", port + 10_000))
+            return port
 
 
 @dataclass

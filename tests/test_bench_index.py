@@ -106,7 +106,7 @@ def test_one_run_prints_the_figures_of_all_and_null_for_rivals_that_are_absent(c
 
 def test_memory_is_that_of_children_too_and_not_that_of_files(tmp_path: Path) -> None:
     (tmp_path / "file").write_bytes(bytes(200_000_000))
-    child = "import time; block = bytearray(100_000_000); time.sleep(0.5)"
+    child = "import time; block = bytearray(100_000_000); time.sleep(3)"
     parent = (
         f"import mmap, subprocess, sys; file = open({str(tmp_path / 'file')!r}, 'rb')\n"
         "pages = mmap.mmap(file.fileno(), 0, prot=mmap.PROT_READ); sum(pages[::4096])\n"
@@ -117,7 +117,7 @@ def test_memory_is_that_of_children_too_and_not_that_of_files(tmp_path: Path) ->
 
     assert told == {}
     assert 100_000_000 < cost["peak_bytes"] < 150_000_000
-    assert cost["wall_s"] > 0.5
+    assert cost["wall_s"] > 3
 
 
 def test_a_process_that_fails_or_takes_too_long_is_told_with_its_last_words() -> None:

@@ -70,7 +70,7 @@ def test_files_and_urls_are_labelled_as_json_without_importing_the_pipelines_wei
         capture_output=True,
         text=True,
         check=False,
-        timeout=60,
+        timeout=600,
     )
     assert done.returncode == 0, done.stderr
     images = [make_image(0), make_image(1), make_image(7)]

@@ -92,7 +92,7 @@ def test_extract_and_transformers_load_the_result_as_it_is(trained, tmp_path):
 def test_a_finished_training_is_finished(trained):
     folder, _ = trained
     before = (folder / "model" / "metrics.json").read_bytes()
-    done = cli("finetune", folder / "config.yaml", timeout_s=120)
+    done = cli("finetune", folder / "config.yaml")
     assert done.returncode == 0, done.stderr[-3000:]
     assert "this training is finished" in done.stderr
     assert (folder / "model" / "metrics.json").read_bytes() == before

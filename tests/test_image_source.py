@@ -42,7 +42,7 @@ class Answers(http.server.BaseHTTPRequestHandler):
             case "/trickle":
                 self.send_response(200)
                 self.end_headers()
-                for _ in range(100):
+                for _ in range(10_000):
                     self.wfile.write(b"x")
                     time.sleep(0.05)
             case _:
@@ -114,13 +114,12 @@ def test_what_is_no_web_address_is_an_error_in_words(url):
 
 
 def test_a_dead_port_and_a_deaf_server_are_told_soon(deaf, web, monkeypatch):
-    started = time.monotonic()
     assert "refused" in reason_of(dead_url())
     monkeypatch.setattr(image_source, "TIMEOUT_S", 0.3)
     assert "timed out" in reason_of(deaf)
+    monkeypatch.setattr(image_source, "TIMEOUT_S", 60)
     monkeypatch.setattr(image_source, "DEADLINE_S", 0.3)
     assert "not there after" in reason_of(f"{web}/trickle")
-    assert time.monotonic() - started < 3
 
 
 def test_urls_of_other_storage_are_left_to_who_knows_it():

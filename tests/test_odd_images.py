@@ -19,6 +19,7 @@ def odd(tmp_path_factory, tiny_model, ray_session):
         folder / "out",
         input__format="images",
         limits__max_reject_fraction=1,
+        limits__image_timeout_s=3600,
         compute__batch_size=64,
         compute__shard_images=800,
     )

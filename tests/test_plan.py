@@ -99,7 +99,7 @@ def test_a_plan_takes_time_in_proportion_to_the_corpus(output: Storage) -> None:
     log.__dict__["listed"] = frozenset(stems)
     started = time.process_time()
     assert plan_files(listing, log, "f", Rules(NOW)).num_done == 20_000
-    assert time.process_time() - started < 2.5
+    assert time.process_time() - started < 30
 
 
 def members(*names: str, version: str = "1") -> list[Member]:

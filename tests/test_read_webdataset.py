@@ -397,9 +397,9 @@ def test_a_cut_in_the_map_of_a_sparse_member_fails_the_archive_and_does_not_hang
     command = ["tar", "--sparse", "--format=posix", "-cf", "x.tar", "a.jpg"]
     subprocess.run(command, cwd=tmp_path, check=True)
     (tmp_path / "x.tar").write_bytes((tmp_path / "x.tar").read_bytes()[: num_blocks * BLOCK])
-    command = ["timeout", "5", sys.executable, "-c", READ_ONE, str(tmp_path / "x.tar")]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, f"exit {done.returncode} (124: it hung): {done.stderr[-300:]}"
+    command = [sys.executable, "-c", READ_ONE, str(tmp_path / "x.tar")]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=120)
+    assert done.returncode == 0, done.stderr[-300:]
     assert "not readable to its end" in done.stdout
 
 

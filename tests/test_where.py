@@ -423,14 +423,14 @@ def wait_for_its_end() -> None:
 
 
 def test_an_expression_that_takes_too_long_is_stopped(output: Storage) -> None:
-    path = put(output, slow_rows(60_000))
+    path = put(output, slow_rows(600_000))
     started = time.monotonic()
 
     with pytest.raises(SearchError, match=r"--where took more than 0\.3 s and was stopped"):
         where.matching_ids(output, [path], SLOW, timeout_s=0.3)
     wait_for_its_end()
 
-    assert time.monotonic() - started < 8  # of 16 on a fast machine
+    assert time.monotonic() - started < 60  # of 160 on a fast machine
 
 
 def test_the_limit_holds_where_duckdb_heeds_no_interrupt(
