@@ -15,7 +15,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from pipeline.commits import CommitLog
-from pipeline.errors import BusyError
+from pipeline.errors import BusyError, OutputError
 from pipeline.label_source import LabelSource
 from pipeline.quality import Ids
 from pipeline.schema import IMAGE_ID
@@ -62,7 +62,8 @@ def tables(log: CommitLog, columns: Sequence[str], rows: int) -> Iterator[tuple[
     A row is known by its place in that order: who reads rows more than once does so by one log, which is of
     one moment, whatever runs commit meanwhile. A column that a file does not have is left out.
 
-    Raises BusyError where a run has replaced or removed a shard since that moment.
+    Raises BusyError where a run has replaced or removed a shard since that moment, OutputError for a file
+    that is damaged.
     """
     try:
         for commit in log.stream(log.live):
@@ -73,6 +74,11 @@ def tables(log: CommitLog, columns: Sequence[str], rows: int) -> Iterator[tuple[
     except FileNotFoundError as error:
         raise BusyError(
             f"{log.output.uri}: a run has replaced or removed a shard meanwhile ({error}); run this again"
+        ) from error
+    except pa.ArrowInvalid as error:
+        raise OutputError(
+            f"{log.output.uri}: {commit.embeddings.path} is damaged ({error}); "
+            f"run: cvt-pipeline verify {log.output.uri}"
         ) from error
 
 

@@ -66,6 +66,20 @@ def test_json_lines_are_the_rows(made: Made, tmp_path: Path) -> None:
     assert [json.loads(line) for line in (tmp_path / "labels.jsonl").read_text().splitlines()] == rows
 
 
+def test_datasets_reads_classes_of_one_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HF_HOME", str(tmp_path / "cache"))
+    datasets = pytest.importorskip("datasets")
+    found = make(tmp_path / "out")
+    facts = json.loads(found.output.read_bytes("fingerprint.json"))
+    facts["model_config"]["id2label"]["4"] = CLASSES[0]
+    found.output.write_bytes("fingerprint.json", json.dumps(facts).encode())
+    make_labels(found.output, LabelConfig())
+    exported(found.output, tmp_path / "labels.parquet")
+    read = datasets.Dataset.from_parquet(str(tmp_path / "labels.parquet"), cache_dir=str(tmp_path / "c"))
+    assert read.features["label"].names == [*CLASSES[:4], f"{CLASSES[0]} (4)", *CLASSES[5:]]
+    assert label_studio_interface(["crane", "bee", "crane"]).count('"crane"') == 1
+
+
 def test_datasets_reads_the_classes_by_their_names(
     made: Made, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

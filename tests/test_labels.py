@@ -173,6 +173,41 @@ def test_known_labels_calibrate_the_head(tmp_path: Path) -> None:
     assert_of_probabilities(rows, softmax(made.logits / found["temperature"]), CLASSES)
 
 
+def test_logits_that_are_not_finite_make_no_label_and_spoil_no_calibration(tmp_path: Path) -> None:
+    made = make(tmp_path / "made", count=400, unlabelled=0)
+    flawed = made.logits.copy()
+    flawed[5], flawed[6, 2] = np.nan, np.inf
+    flat = pa.array(flawed.ravel())
+    output = with_logits(
+        made, tmp_path / "out", {"logits": pa.FixedSizeListArray.from_arrays(flat, len(CLASSES))}
+    )
+    write_labels(tmp_path / "labels.csv", [f"a#{n}" for n in range(400)], made.labels)
+
+    summary = make_labels(output, LabelConfig(labels=str(tmp_path / "labels.csv")))
+
+    rows = table_of(output).to_pylist()
+    for row in rows[5:7]:
+        assert (row["label"], row["label_id"], row["score"], row["margin"]) == ("unknown", -1, 0.0, None)
+    assert summary["calibration"]["rows"] == 398
+    assert np.isfinite(column(rows, "score")).all()
+
+
+def test_a_name_that_two_classes_have_calibrates_neither(tmp_path: Path) -> None:
+    made = make(tmp_path / "made", count=400, unlabelled=0)
+    twice = [*CLASSES[:-1], CLASSES[0]]
+    output = empty_output(tmp_path / "out", twice)
+    flat = pa.array(made.logits.ravel())
+    columns: dict[str, object] = {"logits": pa.FixedSizeListArray.from_arrays(flat, len(CLASSES))}
+    columns |= {"label_id": pa.array(made.logits.argmax(1), pa.int32())}
+    commit_vectors(output, "a", made.vectors, columns=columns)
+    names = [CLASSES[0] if label == CLASSES[-1] else label for label in made.labels]
+    write_labels(tmp_path / "labels.csv", [f"a#{n}" for n in range(400)], names)
+
+    summary = make_labels(output, LabelConfig(labels=str(tmp_path / "labels.csv")))
+
+    assert summary["calibration"]["rows"] == sum(name != CLASSES[0] for name in names)
+
+
 def write_labels(path: Path, ids: Sequence[str], labels: Sequence[str | None]) -> None:
     """A CSV of the images that have a label."""
     pairs = [(name, label) for name, label in zip(ids, labels, strict=True) if label is not None]

@@ -188,7 +188,12 @@ def test_decisions_are_kept_at_once_undone_and_obeyed_by_label(tmp_path: Path, o
         assert server.ask("/api/review", body=undo).json()["images"][0]["decision"] is None
         again = server.ask("/api/review", body=undo)
         assert again.status == 400
-        assert "no decision" in again.json()["error"]
+        assert "no such decision" in again.json()["error"]
+        seen = {"image_id": second, "action": "accept", "label": "what was shown before"}
+        changed = server.ask("/api/review", body={"decisions": [seen]})
+        assert changed.status == 409
+        assert f"the label is {label} by now" in changed.json()["error"]
+        assert second not in standing(Storage(str(out)))
         server.kill()
     done = cli("label", out, "--from", "probe", "--labels", "cls", "--json")
     assert done.returncode == 0, done.stderr
@@ -257,7 +262,9 @@ def test_another_address_needs_a_token(tmp_path: Path, output: Path) -> None:
         assert (entered.status, entered.headers["location"]) == (303, "/")
         cookie = entered.headers["set-cookie"]
         assert "HttpOnly" in cookie
-        assert server.ask("/api/overview", headers={"Cookie": cookie.partition(";")[0]}).status == 200
+        for others in ("", 'prefs={"theme":"dark"}; ', "k=a b; ", "[x]=1; "):
+            headers = {"Cookie": others + cookie.partition(";")[0]}
+            assert server.ask("/api/overview", headers=headers).status == 200
         bearer = {"Authorization": f"Bearer {server.token}"}
         assert server.ask("/api/overview", headers=bearer).status == 200
         assert server.ask("/api/overview", headers={"Authorization": "Bearer x"}).status == 401

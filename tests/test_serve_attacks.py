@@ -205,6 +205,18 @@ def test_garbage_is_no_image(server: Server, data: bytes) -> None:
     assert "Traceback" not in answer.body.decode()
 
 
+@pytest.mark.parametrize("name", ["image_id", "label", "reviewer"])
+def test_half_a_character_is_refused(server: Server, name: str) -> None:
+    image_id = server.get("/api/images", limit=1)["images"][0]["image_id"]
+    said = {"image_id": image_id, "action": "relabel", "label": "x", name: "\ud800"}
+    body = {"decisions": [{k: v for k, v in said.items() if k != "reviewer"}]}
+    answer = server.ask("/api/review", body=body | ({"reviewer": "\ud800"} if name == "reviewer" else {}))
+    assert answer.status == 422
+    assert answer.json()["detail"][0]["loc"][-1] == name
+    blank = {"image_id": image_id, "action": "relabel", "label": "   "}
+    assert server.ask("/api/review", body={"decisions": [blank]}).status == 400
+
+
 def test_uploads_end_at_their_bytes_told_or_not(server: Server) -> None:
     assert server.ask("/api/uploads", body=bytes(200_001)).status == 413
     link = http.client.HTTPConnection("127.0.0.1", server.port, timeout=120)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -290,6 +291,57 @@ def test_reviews_by_keyboard_are_kept_undone_and_survive_a_killed_server(
     with serving(tmp_path / "out", cache=tmp_path / "cache") as server:
         browser.open(f"{server.address}/?view=review&label={label}&show=decided")
         assert sorted(browser.ids()) == sorted(names[:4])
+
+
+CLICK = """
+[...document.querySelectorAll(arguments[0])].find((it) => it.textContent.startsWith(arguments[1])).click()
+"""
+SLOW_ANSWERS = """
+const quick = window.fetch;
+window.fetch = async (path, options) => {
+  if (options?.method === "POST") await new Promise((done) => setTimeout(done, 700));
+  return quick(path, options);
+};
+"""
+
+
+def test_a_key_means_what_was_seen_when_it_was_pressed(
+    only_browser: Browser, output: Path, tmp_path: Path
+) -> None:
+    browser = only_browser
+    shutil.copytree(output, tmp_path / "out")
+    kept = Storage(str(tmp_path / "out"))
+    with serving(tmp_path / "out", cache=tmp_path / "cache") as server:
+        one, other = (it["label"] for it in server.get("/api/labels")["labels"][:2])
+
+        browser.open(f"{server.address}/?view=review&label={one}")
+        browser.driver.execute_script(SLOW_ANSWERS)
+        names = browser.ids()
+        browser.keys("a", "a")
+        browser.driver.execute_script(CLICK, ".choices a", other)
+        browser.until("return document.querySelector('h1').textContent.startsWith(arguments[0])", other)
+        others = browser.ids()
+        wait_for_decisions(kept, 2)
+        assert standing(kept).keys() == set(names[:2])
+
+        browser.keys("x")
+        browser.driver.execute_script(CLICK, "button", "Accept all shown")
+        wait_for_decisions(kept, 2 + len(others))
+        held = standing(kept)
+        assert [held[name].action for name in others] == ["reject"] + ["accept"] * (len(others) - 1)
+
+        browser.open(f"{server.address}/?view=review&label=none")
+        assert "no image has the label none" in browser.one(".problem").text
+        browser.keys("a")
+        browser.until("return document.querySelector('#notice').textContent.includes('Choose an image')")
+        assert standing(kept) == held
+
+
+def wait_for_decisions(output: Storage, count: int) -> None:
+    until = time.monotonic() + PATIENCE_S
+    while len(list(read_decisions(output))) < count and time.monotonic() < until:
+        time.sleep(0.1)
+    assert len(list(read_decisions(output))) == count
 
 
 @pytest.mark.parametrize("view", ["search", "review", "duplicates", "overview"])

@@ -77,7 +77,7 @@ def _write_jsonl(path: Path, tables: Tables, summary: dict[str, Any], output: St
 
 def _write_datasets(path: Path, tables: Tables, summary: dict[str, Any], output: Storage) -> None:
     """Parquet whose schema tells Hugging Face datasets that `label` is a ClassLabel; -1 of none of them."""
-    names = summary["label_names"]
+    names = _told_apart(summary["label_names"])
     values = {"image_id": "string", "score": "float32", "margin": "float32", "runner_up": "string"}
     features: dict[str, Any] = {name: {"dtype": kind, "_type": "Value"} for name, kind in values.items()}
     features["method"] = {"dtype": "string", "_type": "Value"}
@@ -91,6 +91,12 @@ def _write_datasets(path: Path, tables: Tables, summary: dict[str, Any], output:
             writer.write_table(
                 pa.table({**columns, "label": table.column("label_id").cast("int64")}, kinds)
             )
+
+
+def _told_apart(names: list[str]) -> list[str]:
+    """Class names of which none comes twice, as ClassLabel wants them: `crane` and `crane (517)`."""
+    first = {name: number for number, name in reversed(list(enumerate(names)))}
+    return [name if first[name] == number else f"{name} ({number})" for number, name in enumerate(names)]
 
 
 def _write_label_studio(path: Path, tables: Tables, summary: dict[str, Any], output: Storage) -> None:
@@ -124,7 +130,7 @@ def _task(row: dict[str, Any], url: str, summary: dict[str, Any]) -> dict[str, A
 
 def label_studio_interface(names: list[str]) -> str:
     """The labelling interface that the tasks fit, as Label Studio's XML."""
-    choices = "".join(f"<Choice value={quoteattr(name)}/>" for name in names)
+    choices = "".join(f"<Choice value={quoteattr(name)}/>" for name in dict.fromkeys(names))
     return (
         '<View><Image name="image" value="$image"/>'
         f'<Choices name="label" toName="image" choice="single">{choices}</Choices></View>\n'

@@ -39,7 +39,16 @@ class Head:
         self._temperature = temperature
 
     def __call__(self, table: pa.Table, stem: str) -> Probabilities:
-        """Probabilities (N, K); of what an output leaves out, nothing is made up: it is 0."""
+        """Probabilities (N, K); of what an output leaves out, nothing is made up: it is 0.
+
+        They are 0 too of an image whose logits are not finite numbers.
+        """
+        with np.errstate(invalid="ignore"):
+            p_NK = self._probabilities(table)
+        p_NK[~np.isfinite(p_NK).all(axis=1)] = 0
+        return p_NK
+
+    def _probabilities(self, table: pa.Table) -> Probabilities:
         if "label_id" not in table.column_names:
             raise InputError("label.method: the output has no label columns; use neighbours or probe")
         if "logits" in table.column_names:

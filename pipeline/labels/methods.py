@@ -6,6 +6,7 @@ the labelled rows that a probe or a calibration looks at, and a number of every 
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, Protocol
@@ -120,8 +121,12 @@ def _head(
             f"label.labels: none of these labels is a class of the model ({', '.join(labels.names[:5])}); "
             "the head can be calibrated by labels of its own classes alone"
         )
-    label = labels.as_classes(classes)
+    # A class whose name another has too is none that a label could mean.
+    names = Counter(classes)
+    label = labels.as_classes([name if names[name] == 1 else "" for name in classes])
     rows, logits = chosen_rows(log, label, ("logits",), logits_of, config)
+    whole = np.isfinite(logits).all(axis=1)
+    rows, logits = rows[whole], logits[whole]
     if len(rows) < LEAST_ROWS:
         raise InputError(
             f"label.labels: {len(rows)} images of {log.output.uri} with all their logits have a label, a "

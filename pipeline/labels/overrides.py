@@ -30,8 +30,11 @@ class Overrides:
         self, log: CommitLog, rule: Rule, given: LabelSource | None, coarser: Mapping[str, str]
     ) -> None:
         self._given, self._coarser = given, coarser
-        self._reviews = standing(log.output)
-        found = {said.label for said in self._reviews.values() if said.label is not None}
+        self._reviews = {
+            image_id: self._decided(decision.label, rule.labels)
+            for image_id, decision in standing(log.output).items()
+        }
+        found = {label for label in self._reviews.values() if label is not None}
         if given is not None:
             found |= {coarser.get(name, name) for name in read_labels(log, given).names}
         self.names = (*rule.labels, *class_order(found - set(rule.labels)))
@@ -62,6 +65,12 @@ class Overrides:
             labels = enumerate(self._given.labels_of(table).to_pylist())
             known = {n: (self._coarser.get(it, it), GIVEN) for n, it in labels if it is not None}
         if self._reviews:
-            said = ((n, self._reviews.get(it)) for n, it in enumerate(table.column(IMAGE_ID).to_pylist()))
-            known |= {n: (decision.label, REVIEW) for n, decision in said if decision is not None}
+            ids = enumerate(table.column(IMAGE_ID).to_pylist())
+            known |= {n: (self._reviews[it], REVIEW) for n, it in ids if it in self._reviews}
         return known
+
+    def _decided(self, label: str | None, labels: tuple[str, ...]) -> str | None:
+        """The label that somebody decided for, as this version has it; None for none of its labels."""
+        if label in labels:
+            return label
+        return None if label is None or label == UNKNOWN else self._coarser.get(label, label)

@@ -1,17 +1,19 @@
 """What people decided of labels: kept as it was said, and what holds of it now.
 
 Enters: decisions. Leaves: `labels/reviews/<time>.json`, a file for what was said at once, created whole and
-never changed, so that a killed server loses none. An undo is said as well; it takes back the last decision
-on an image that still holds.
+never changed, so that a killed server loses none. An undo is said as well; it names the decision that it
+takes back, so that it is right whatever others said meanwhile.
 """
 
 from __future__ import annotations
 
 import json
+import uuid
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, field, fields
+from datetime import datetime, timedelta
 from itertools import chain
 from typing import Any, Literal, get_args
 
@@ -20,6 +22,8 @@ from pipeline.storage import Storage, unique_name
 
 FOLDER = "labels/reviews"
 _READ_THREADS = 16
+_TIME = "%Y%m%dT%H%M%S.%fZ"  # as unique_name writes it
+_NEWER = ("id", "undoes")  # records of earlier versions lack them
 
 Action = Literal["accept", "reject", "relabel", "undo"]
 
@@ -29,7 +33,8 @@ class Decision:
     """What somebody said of an image's label.
 
     `label` is the one that is right from then on: what was accepted, or what it was changed to; None where
-    it was rejected, or where a decision was undone. `before` is the label that was shown.
+    it was rejected, or where a decision was undone. `before` is the label that was shown. `undoes` is the
+    id of what an undo takes back; without it, that is the last decision on the image that still holds.
     """
 
     image_id: str
@@ -38,6 +43,8 @@ class Decision:
     before: str | None = None
     reviewer: str = ""
     at: str = ""
+    undoes: str = ""
+    id: str = field(default_factory=lambda: uuid.uuid4().hex[:12], compare=False)
 
     def __post_init__(self) -> None:
         if self.action not in get_args(Action):
@@ -46,12 +53,27 @@ class Decision:
             raise ValueError(f"label: found {self.label!r} of {self.action}")
 
 
-def record(output: Storage, decisions: Sequence[Decision]) -> str:
-    """Keep what was said at once; it is durable when this returns its file's path."""
+def record(output: Storage, decisions: Sequence[Decision], after: str = "") -> str:
+    """Keep what was said at once; it is durable when this returns its file's path.
+
+    It is said later than the file `after`, whatever the clocks of two machines say.
+    """
     text = json.dumps([asdict(decision) for decision in decisions], ensure_ascii=False)
     path = f"{FOLDER}/{unique_name()}.json"
+    if path <= after:
+        path = _next_to(after) or path
     output.create(path, text.encode())
     return path
+
+
+def _next_to(path: str) -> str | None:
+    """A path of the next microsecond; None of one that is not named by a time."""
+    stamp = path.removeprefix(f"{FOLDER}/").partition("-")[0]
+    try:
+        later = datetime.strptime(stamp, _TIME) + timedelta(microseconds=1)
+    except ValueError:
+        return None
+    return f"{FOLDER}/{later:{_TIME}}-{uuid.uuid4().hex[:6]}.json"
 
 
 def read_decisions(output: Storage) -> Iterator[Decision]:
@@ -79,19 +101,24 @@ def standing(output: Storage) -> dict[str, Decision]:
 def hold(decisions: Iterable[Decision]) -> dict[str, Decision]:
     """What holds of decisions in their order."""
     said: dict[str, list[Decision]] = defaultdict(list)
+    undone: set[tuple[str, str]] = set()
     for decision in decisions:
         if decision.action != "undo":
             said[decision.image_id].append(decision)
+        elif decision.undoes:
+            undone.add((decision.image_id, decision.undoes))
         elif said[decision.image_id]:
             said[decision.image_id].pop()
-    return {image_id: left[-1] for image_id, left in said.items() if left}
+    left = ((name, [it for it in all_of if (name, it.id) not in undone]) for name, all_of in said.items())
+    return {image_id: decisions[-1] for image_id, decisions in left if decisions}
 
 
 def _parsed(output: Storage, path: str, data: bytes) -> list[Decision]:
-    names = {field.name for field in fields(Decision)}
+    names = [field.name for field in fields(Decision)]
+    older = dict.fromkeys(_NEWER, "")
     try:
         values: list[dict[str, Any]] = json.loads(data)
-        return [Decision(**{name: value[name] for name in names}) for value in values]
+        return [Decision(**{name: (older | value)[name] for name in names}) for value in values]
     except (ValueError, KeyError, TypeError) as error:
         raise OutputError(
             f"{output.url(path)}: not a record of reviews ({error!r}); restore the file, or delete it to "

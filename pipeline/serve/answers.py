@@ -4,10 +4,17 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, StringConstraints
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, StringConstraints
 
-ImageId = Annotated[str, StringConstraints(min_length=1, max_length=4096)]
-LabelName = Annotated[str, StringConstraints(min_length=1, max_length=512)]
+
+def _whole(text: str) -> str:
+    text.encode()  # half a character cannot be written anywhere; its error is a ValueError
+    return text
+
+
+Whole = AfterValidator(_whole)
+ImageId = Annotated[str, StringConstraints(min_length=1, max_length=4096), Whole]
+LabelName = Annotated[str, StringConstraints(min_length=1, max_length=4096), Whole]
 
 
 class Problem(BaseModel):
@@ -22,6 +29,7 @@ class Said(BaseModel):
     action: Literal["accept", "reject", "relabel"]
     label: str | None
     reviewer: str
+    id: str = Field(description="of the decision, for who undoes it")
 
 
 class ImageFacts(BaseModel):
@@ -104,7 +112,13 @@ class Deciding(BaseModel):
 
     image_id: ImageId
     action: Literal["accept", "reject", "relabel", "undo"]
-    label: LabelName | None = Field(None, description="relabel: the right one")
+    label: LabelName | None = Field(
+        None, description="relabel: the right one; accept, reject: the one that was seen, 409 if it changed"
+    )
+    undoes: Annotated[str, StringConstraints(pattern="^[0-9a-f]{12}$")] | None = Field(
+        None,
+        description="undo: the id of what it takes back; by default the image's last decision",
+    )
 
 
 class Decisions(BaseModel):
@@ -113,7 +127,7 @@ class Decisions(BaseModel):
     model_config = ConfigDict(extra="forbid")
 
     decisions: Annotated[list[Deciding], Field(min_length=1, max_length=1000)]
-    reviewer: Annotated[str, StringConstraints(max_length=100)] = ""
+    reviewer: Annotated[str, StringConstraints(max_length=100), Whole] = ""
 
 
 class Taken(BaseModel):

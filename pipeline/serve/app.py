@@ -12,6 +12,7 @@ from importlib import resources
 from typing import Annotated, Any
 
 from fastapi import APIRouter, FastAPI, Path, Request, Response
+from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
 from starlette.concurrency import run_in_threadpool
 
@@ -19,7 +20,7 @@ from pipeline.errors import BusyError, OutputError, PipelineError, StorageError
 from pipeline.serve.answers import Overview, Problem
 from pipeline.serve.guard import App, Guard, Limits
 from pipeline.serve.review_api import label_counts, review_routes
-from pipeline.serve.search_api import NotFoundError, answer, problem, search_routes
+from pipeline.serve.search_api import ChangedError, NotFoundError, answer, problem, search_routes
 from pipeline.serve.site import Site, plain
 from pipeline.status import status
 
@@ -56,6 +57,7 @@ def create_app(site: Site, token: str | None) -> App:
     _add_page(app)
     app.add_exception_handler(PipelineError, _on_error)
     app.add_exception_handler(OSError, _on_error)
+    app.add_exception_handler(RequestValidationError, _on_nonsense)
     config = site.config
     limits = Limits(config.max_upload_bytes, config.upload_timeout_s)
     return Guard(app, token=token, names=(config.host, *config.names), limits=limits)
@@ -66,7 +68,9 @@ async def _refreshing(site: Site) -> AsyncIterator[None]:
     async def refresh() -> None:
         while True:
             await asyncio.sleep(site.config.refresh_s)
-            await run_in_threadpool(site.refresh)
+            (outcome,) = await asyncio.gather(run_in_threadpool(site.refresh), return_exceptions=True)
+            if isinstance(outcome, Exception):  # a fault of ours, which must not be the last refresh
+                logger.error("the output could not be looked at again", exc_info=outcome)
 
     task = asyncio.create_task(refresh())
     yield
@@ -78,10 +82,19 @@ async def _on_error(_: Request, error: Exception) -> JSONResponse:
     """The words of an error that a visitor can do something about; nothing of our insides."""
     if isinstance(error, NotFoundError):
         return problem(404, str(error))
+    if isinstance(error, ChangedError):
+        return problem(409, str(error))
     if isinstance(error, OSError | StorageError | OutputError | BusyError):
         logger.error("%s", error)
         return problem(503, "the output cannot be read or written now; the server's log says why")
     return problem(400, str(error))
+
+
+async def _on_nonsense(_: Request, error: Exception) -> Response:
+    """What is wrong with a request, without the request: it may hold what cannot be written."""
+    assert isinstance(error, RequestValidationError)
+    told = [{name: fault[name] for name in ("loc", "msg", "type")} for fault in error.errors()]
+    return Response(json.dumps({"detail": told}), 422, media_type="application/json")
 
 
 def _overview_routes(site: Site) -> APIRouter:

@@ -28,10 +28,11 @@ from pipeline.serve.once import forget_older, made_once
 from pipeline.storage import Storage
 from pipeline.totals import mark_of
 
-_LAYOUT = 2  # of the files here; another number, and they are made anew
+_LAYOUT = 3  # of the files here; another number, and they are made anew
 _VECTORS = ("embedding", "logits", "top_ids", "top_logits")
 _NOT_FACETS = (IMAGE_ID, "key", "shard", "label_id", "width", "height")
 _MOST_VALUES = 500  # of a column that is offered as a facet
+_LABEL = "label"  # always one: whatever the number of classes, the page shows and reviews them
 _FEW_VALUES = 12  # so many may be as many as there are rows
 _THREADS = 16
 NO_VALUE = -1
@@ -122,7 +123,9 @@ def hash_of(image_id: str) -> int:
 def _make(output: Storage, log: CommitLog, folder: Path) -> None:
     rows_schema = _schema(output, sorted(log.live))
     counters = {
-        field.name: _Values() for field in rows_schema if field.name not in _NOT_FACETS and _few(field.type)
+        field.name: _Values(any_number=field.name == _LABEL)
+        for field in rows_schema
+        if field.name not in _NOT_FACETS and _few(field.type)
     }
     hashes: list[npt.NDArray[np.uint64]] = [np.empty(0, np.uint64)]
     with (
@@ -176,7 +179,8 @@ def _few(kind: pa.DataType) -> bool:
 class _Values:
     """The values of a column in the order in which they came, while they are few."""
 
-    def __init__(self) -> None:
+    def __init__(self, *, any_number: bool) -> None:
+        self._any_number = any_number
         self.numbers: dict[Any, int] = {}
         self.codes: list[Codes] = []
         self.are_few = True
@@ -185,14 +189,14 @@ class _Values:
         if not self.are_few:
             return
         encoded = column if pa.types.is_dictionary(column.type) else column.dictionary_encode()
-        if len(encoded.dictionary) > _MOST_VALUES:
+        if len(encoded.dictionary) > _MOST_VALUES and not self._any_number:
             self._give_up()
             return
         values = encoded.dictionary.to_pylist()
         numbers = [
             NO_VALUE if it is None else self.numbers.setdefault(it, len(self.numbers)) for it in values
         ]
-        if len(self.numbers) > _MOST_VALUES:
+        if len(self.numbers) > _MOST_VALUES and not self._any_number:
             self._give_up()
             return
         indices = encoded.indices.fill_null(len(numbers)).to_numpy(zero_copy_only=False)
@@ -200,7 +204,8 @@ class _Values:
 
     def tell_apart(self, num_rows: int) -> bool:
         """Whether they make groups of the rows, rather than naming each."""
-        return self.are_few and len(self.numbers) <= max(_FEW_VALUES, num_rows // 2)
+        few = self._any_number or len(self.numbers) <= max(_FEW_VALUES, num_rows // 2)
+        return self.are_few and few
 
     def _give_up(self) -> None:
         self.are_few, self.codes, self.numbers = False, [], {}

@@ -31,7 +31,10 @@ def fetch_url(url: str, max_bytes: int, timeout_s: float) -> bytes:
         found = _ask(url, max_bytes, deadline)
         if isinstance(found, bytes):
             return found
-        url = urllib.parse.urljoin(url, found)
+        try:
+            url = urllib.parse.urljoin(url, found)
+        except ValueError as error:
+            raise SearchError("the URL leads to what is none") from error
     raise SearchError(f"the URL leads on more than {_REDIRECTS} times")
 
 

@@ -23,6 +23,7 @@ from pipeline.commits import EMBEDDINGS, CommitLog
 from pipeline.errors import SearchError
 from pipeline.index.record import current_version
 from pipeline.index.vectors import Ids, Mask
+from pipeline.labels.decide import UNKNOWN
 from pipeline.labels.make import FILE, LABELS
 from pipeline.originals import Originals
 from pipeline.published import SUMMARY, served_version
@@ -46,6 +47,7 @@ class Labels:
     """The label of every row: of the served version, or what extract wrote where there is none."""
 
     version: str | None
+    unknown_is_none: bool  # whether `unknown` stands for no label, and is none of the classes
     facet: Facet
     scores: npt.NDArray[np.float32]
     margins: npt.NDArray[np.float32]  # score less the next class's; the score where that is not known
@@ -190,14 +192,16 @@ class View:
             return None
         if version is None and facet is not None:
             arrays = cached_arrays(self._cache / f"{self._name}-labels-extract", self._scores_of_extract)
-            return Labels(None, facet, arrays["scores"], arrays["scores"])
+            return Labels(None, False, facet, arrays["scores"], arrays["scores"])
         folder = f"{LABELS}/{version}"
-        names = json.loads(self._output.read_bytes(f"{folder}/{SUMMARY}"))["labels"]
-        values = {name: number for number, name in enumerate(names)}
+        summary = json.loads(self._output.read_bytes(f"{folder}/{SUMMARY}"))
+        values = {name: number for number, name in enumerate(summary["labels"])}
         arrays = cached_arrays(
             self._cache / f"{self._name}-labels-{version}", lambda: self._read_labels(folder, values)
         )
-        return Labels(version, Facet(tuple(values), arrays["codes"]), arrays["scores"], arrays["margins"])
+        facet = Facet(tuple(values), arrays["codes"])
+        none = UNKNOWN not in summary["label_names"]
+        return Labels(version, none, facet, arrays["scores"], arrays["margins"])
 
     def _scores_of_extract(self) -> dict[str, npt.NDArray[np.float32]]:
         tables = self.catalogue.tables(["score"])

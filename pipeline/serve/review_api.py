@@ -14,12 +14,13 @@ from fastapi import APIRouter, Query, Response
 
 from pipeline.dedup import DEDUP
 from pipeline.errors import SearchError
+from pipeline.labels.decide import UNKNOWN
 from pipeline.labels.reviews import Decision
 from pipeline.published import SUMMARY, served_version
-from pipeline.serve.answers import Decisions, Groups, LabelCounts, LabelName, Page, Taken
+from pipeline.serve.answers import Deciding, Decisions, Groups, LabelCounts, LabelName, Page, Taken
 from pipeline.serve.catalogue import Rows
 from pipeline.serve.live import State, View
-from pipeline.serve.search_api import PROBLEMS, answer, page_of, row_of
+from pipeline.serve.search_api import PROBLEMS, ChangedError, answer, page_of, row_of
 from pipeline.serve.site import Site
 
 _ORDERS = 8
@@ -100,16 +101,10 @@ def review_routes(site: Site) -> APIRouter:
     def decide(said: Decisions) -> Response:
         view, now = site.view, datetime.now(UTC).isoformat()
         rows = [row_of(view, one.image_id) for one in said.decisions]
-        decisions = []
-        for one, row in zip(said.decisions, rows, strict=True):
-            before, _ = view.label_of(row)
-            label = {"accept": before, "relabel": one.label}.get(one.action)
-            if one.action in ("accept", "relabel") and label is None:
-                what = "a label to accept" if one.action == "accept" else "the label that is right"
-                raise SearchError(f"{one.image_id}: {one.action} needs {what}")
-            if one.action != "relabel" and one.label not in (None, before):
-                raise SearchError(f"{one.image_id}: a label goes with relabel alone")
-            decisions.append(Decision(one.image_id, one.action, label, before, said.reviewer, now))
+        decisions = [
+            _decision(one, view, row, said.reviewer, now)
+            for one, row in zip(said.decisions, rows, strict=True)
+        ]
         site.decide(decisions)
         return answer({"images": site.images(view, rows)})
 
@@ -134,6 +129,21 @@ def review_routes(site: Site) -> APIRouter:
         return answer({**facts, "groups": groups, "next": more})
 
     return api
+
+
+def _decision(one: Deciding, view: View, row: int, reviewer: str, now: str) -> Decision:
+    """What was said of a row. SearchError for what makes no sense, ChangedError for a label of before."""
+    before, _ = view.label_of(row)
+    if one.action in ("accept", "reject") and one.label not in (None, before):
+        raise ChangedError(f"{one.image_id}: the label is {before or 'none'} by now; look at it again")
+    label = {"accept": before, "relabel": (one.label or "").strip() or None}.get(one.action)
+    if one.action in ("accept", "relabel") and label is None:
+        what = "a label to accept" if one.action == "accept" else "the label that is right"
+        raise SearchError(f"{one.image_id}: {one.action} needs {what}")
+    if label == UNKNOWN and view.labels is not None and view.labels.unknown_is_none:
+        raise SearchError(f"{UNKNOWN} is no label: change it to the right one, or reject it")
+    undoes = one.undoes or "" if one.action == "undo" else ""
+    return Decision(one.image_id, one.action, label, before, reviewer, now, undoes)
 
 
 def _groups(site: Site, version: str, after: int, limit: int) -> list[dict[str, Any]]:

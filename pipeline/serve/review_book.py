@@ -32,25 +32,33 @@ class ReviewBook:
             if not new:
                 return False
             self._files |= read_files(self._output, new)
-            self._by_image.clear()
+            by_image: dict[str, list[Decision]] = defaultdict(list)
             for path in sorted(self._files):  # named by the time at which it was said
                 for decision in self._files[path]:
-                    self._by_image[decision.image_id].append(decision)
+                    by_image[decision.image_id].append(decision)
+            self._by_image = by_image  # at once, for those who look meanwhile
             return True
 
     def say(self, decisions: Sequence[Decision]) -> None:
         """Keep decisions; they are durable when this returns.
 
-        Raises InputError, and keeps none, where one would undo what nobody decided.
+        Raises InputError, and keeps none, where one would undo what nobody decided, or what was undone.
         """
         with self._lock:
             for decision in decisions:
-                if decision.action == "undo" and self._held(decision.image_id) is None:
-                    raise InputError(f"there is no decision on {decision.image_id} to undo")
-            path = record(self._output, decisions)
+                if decision.action == "undo" and not self._can_undo(decision):
+                    raise InputError(f"there is no such decision on {decision.image_id} to undo any more")
+            path = record(self._output, decisions, max(self._files, default=""))
             self._files[path] = list(decisions)
             for decision in decisions:
                 self._by_image[decision.image_id].append(decision)
+
+    def _can_undo(self, undo: Decision) -> bool:
+        said = self._by_image.get(undo.image_id, [])
+        if not undo.undoes:
+            return self._held(undo.image_id) is not None
+        undone = {it.undoes for it in said}
+        return undo.undoes not in undone and any(it.id == undo.undoes for it in said)
 
     def of(self, image_id: str) -> Decision | None:
         """What holds of an image."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+from collections.abc import Iterable
 from typing import Annotated, Any
 
 import numpy as np
@@ -60,18 +61,27 @@ class NotFoundError(SearchError):
     """There is no such image."""
 
 
+class ChangedError(SearchError):
+    """What was seen is no longer so."""
+
+
 def answer(value: Any) -> Response:
     """JSON that is already what the API promises."""
     return Response(json.dumps(value), media_type="application/json")
 
 
-def chosen_of(texts: list[str]) -> tuple[tuple[str, str], ...]:
-    """Facets' values from `column:value` texts. Raises SearchError."""
-    pairs = [text.partition(":")[::2] for text in texts]
+def chosen_of(texts: list[str], names: Iterable[str]) -> tuple[tuple[str, str], ...]:
+    """Facets' values from `column:value` texts, either of which may have colons. Raises SearchError."""
     for text in texts:
         if ":" not in text:
             raise SearchError(f"facet: found {text!r}; it is column:value")
-    return tuple(sorted((name, value) for name, value in pairs))
+    longest = sorted(names, key=len, reverse=True)
+
+    def parted(text: str) -> tuple[str, str]:
+        name = next((it for it in longest if text.startswith(f"{it}:")), text.partition(":")[0])
+        return name, text[len(name) + 1 :]
+
+    return tuple(sorted(map(parted, texts)))
 
 
 def row_of(view: View, image_id: str) -> int:
@@ -119,7 +129,7 @@ def search_routes(site: Site) -> APIRouter:  # one short function a path
             assert upload is not None
             found = await run_in_threadpool(site.uploads.vector, upload, view.searcher)
             vector, own = _unit(found), None
-        scores, ids = await _nearest(site, view, vector, k, where, chosen_of(facet))
+        scores, ids = await _nearest(site, view, vector, k, where, chosen_of(facet, view.facets))
         pairs = [(int(n), float(s)) for n, s in zip(ids, scores, strict=True) if n >= 0]
         if own is not None and own in (n for n, _ in pairs):  # exact copies may rank before it
             pairs = [(own, pairs[0][1]), *(pair for pair in pairs if pair[0] != own)]
@@ -136,7 +146,7 @@ def search_routes(site: Site) -> APIRouter:  # one short function a path
         limit: Annotated[int, Query(ge=1, le=200)] = 48,
     ) -> Response:
         view = site.view
-        mask = view.mask(where, chosen_of(facet))
+        mask = view.mask(where, chosen_of(facet, view.facets))
         rows = np.arange(len(view.catalogue)) if mask is None else np.flatnonzero(mask)
         return page_of(site, view, rows, after, limit)
 
@@ -148,7 +158,7 @@ def search_routes(site: Site) -> APIRouter:  # one short function a path
     @api.get("/facets", response_model=Facets, summary="How many images have each value")
     def facets(where: Where = None, facet: Chosen = []) -> Response:  # noqa: B006
         view = site.view
-        mask = view.mask(where, chosen_of(facet))
+        mask = view.mask(where, chosen_of(facet, view.facets))
         counted = [
             {
                 "name": name,

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
 
 from cvt_model.cache import cache_folder
 from pipeline import schema
@@ -68,10 +69,13 @@ class Site:
             if self.reviews.refresh():
                 with self._deciding:
                     self.decided = self._decided(self.view)
+        except (PipelineError, OSError) as error:
+            logger.warning("what others decided cannot be read: %s", error)
+        try:
             if state_of(self.output, CommitLog(self.output)) == self.view.state:
                 return False
             view = self._next_view()
-        except (PipelineError, OSError) as error:
+        except (PipelineError, OSError, pa.ArrowException) as error:
             logger.warning("what is new cannot be served yet: %s", error)
             return False
         with self._deciding:
@@ -120,7 +124,7 @@ class Site:
                 "metadata": {name: plain(it) for name, it in values.items() if name not in _OURS},
                 "decision": None
                 if decision is None
-                else {"action": decision.action, "label": decision.label, "reviewer": decision.reviewer},
+                else {name: getattr(decision, name) for name in ("action", "label", "reviewer", "id")},
             }
             if scores is not None:
                 image["score"] = float(scores[number])

@@ -1,13 +1,19 @@
 // What the server is asked, and how its refusals are told.
 
-export class Refused extends Error {}
+// `status` is the answer's; undefined where there was none.
+export class Refused extends Error {
+  constructor(message, status = undefined) {
+    super(message);
+    this.status = status;
+  }
+}
 
 async function answerOf(response) {
   let body = null;
   try { body = await response.json(); } catch { /* not JSON: told by its status */ }
   if (response.ok) return body;
   const detail = Array.isArray(body?.detail) ? body.detail.map((it) => it.msg).join("; ") : body?.detail;
-  throw new Refused(body?.error ?? detail ?? `the server answers ${response.status}`);
+  throw new Refused(body?.error ?? detail ?? `the server answers ${response.status}`, response.status);
 }
 
 async function ask(path, options) {

@@ -1,7 +1,7 @@
 // The frame: addresses, views, dialogs, keys, and images that are dropped or pasted anywhere.
 
 import { Refused, get, upload } from "/static/api.js";
-import { element, moveAmongCards, named, notice, number, percent, thumbnail } from "/static/dom.js";
+import { element, moveAmongCards, named, notice, number, percent, telling, thumbnail } from "/static/dom.js";
 import * as duplicates from "/static/duplicates.js";
 import * as overview from "/static/overview.js";
 import * as review from "/static/review.js";
@@ -59,7 +59,10 @@ document.addEventListener("click", (event) => {
   details.close();
   go(link.getAttribute("href"));
 });
-addEventListener("popstate", show);
+addEventListener("popstate", () => {
+  for (const dialog of document.querySelectorAll("dialog[open]")) dialog.close();
+  show();
+});
 
 document.addEventListener("details", ({ detail: image }) => {
   const facts = [["id", image.image_id], ["label", named(image.label) ? `${image.label} ${percent(image.label_score)}` : ""],
@@ -108,19 +111,14 @@ document.addEventListener("keydown", (event) => {
   event.preventDefault();
 });
 
-export async function searchByFile(file) {
+export const searchByFile = (file) => telling(async () => {
   notice(`Looking at ${file.name || "the image"} …`);
-  try {
-    const { max_upload_bytes: most } = await overview.facts();
-    if (file.size > most) throw new Refused(`${file.name} has ${number(file.size)} bytes; ${number(most)} are allowed`);
-    const answer = await upload(file);
-    notice("");
-    go(addressOf("search", [["upload", answer.upload]]));
-  } catch (error) {
-    if (!(error instanceof Refused)) throw error;
-    notice(error.message);
-  }
-}
+  const { max_upload_bytes: most } = await overview.facts();
+  if (file.size > most) throw new Refused(`${file.name} has ${number(file.size)} bytes; ${number(most)} are allowed`);
+  const answer = await upload(file);
+  notice("");
+  go(addressOf("search", [["upload", answer.upload]]));
+});
 
 const drop = document.getElementById("drop");
 const hasFiles = (event) => event.dataTransfer?.types.includes("Files");

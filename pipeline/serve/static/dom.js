@@ -1,5 +1,7 @@
 // Elements, notices and cards. Text goes into the page as text, never as markup.
 
+import { Refused } from "/static/api.js";
+
 export function element(tag, attributes = {}, ...children) {
   const made = document.createElement(tag);
   for (const [name, value] of Object.entries(attributes)) {
@@ -10,6 +12,14 @@ export function element(tag, attributes = {}, ...children) {
   }
   made.append(...children.flat().filter((child) => child !== null && child !== undefined));
   return made;
+}
+
+// A refusal of what a button asked for is told; anything else is a fault of ours.
+export async function telling(action) {
+  try { await action(); } catch (error) {
+    if (!(error instanceof Refused)) throw error;
+    notice(error.message);
+  }
 }
 
 let fading = 0;
@@ -25,7 +35,7 @@ export const percent = (value) => (value === null || value === undefined ? "" : 
 export const named = (label) => label !== null && label !== undefined && !/^LABEL_\d+$/.test(label);
 
 export function thumbnail(image, size = 256) {
-  const source = `/api/thumbnail?${new URLSearchParams({ id: image.image_id, size })}`;
+  const source = `/api/thumbnail?${new URLSearchParams({ id: image.image_id, size, of: image.sha256 ?? "" })}`; // another picture, another address
   return element("img", { src: source, alt: image.image_id, loading: "lazy", width: 256, height: 256 });
 }
 

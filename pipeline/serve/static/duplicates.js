@@ -1,7 +1,7 @@
 // Groups of duplicates side by side; the framed one stands for its group.
 
 import { get } from "/static/api.js";
-import { card, element, number } from "/static/dom.js";
+import { card, element, number, telling } from "/static/dom.js";
 
 export async function show(main, parameters, { addressOf, signal }) {
   const first = await get("/api/duplicates", [], signal);
@@ -15,12 +15,12 @@ export async function show(main, parameters, { addressOf, signal }) {
     })))));
   first.groups.forEach(put);
   let { next } = first;
-  const more = element("button", { type: "button", onclick: async () => {
+  const more = element("button", { type: "button", onclick: () => telling(async () => {
     const page = await get("/api/duplicates", [["after", next]]);
     page.groups.forEach(put);
     ({ next } = page);
     more.hidden = next === null;
-  } }, "More groups");
+  }) }, "More groups");
   more.hidden = next === null;
   const title = first.version
     ? `${number(first.total)} groups of duplicates, ${number(first.images_in_groups)} images, cosine ${first.threshold} and more`

@@ -4,13 +4,14 @@ import { Refused, get, post } from "/static/api.js";
 import { card, element, notice, number, percent } from "/static/dom.js";
 
 const SHOWN = { open: "open", decided: "decided", all: "all" };
-const done = []; // what was decided on this page, for undo: lists of ids
+const done = []; // what was decided on this page, for undo: lists of { id, image_id }
 let grid = null;
 let labels = [];
 let reload = () => {};
 let queue = Promise.resolve(); // keys are faster than storage: what they mean is done one after the other
 
 export async function show(main, parameters, { addressOf, go, signal }) {
+  [grid, last] = [null, null]; // a key means nothing until there are images to see
   const counts = await get("/api/labels", [], signal);
   labels = counts.labels.map((entry) => entry.label);
   const label = parameters.get("label") ?? labels[0];
@@ -78,7 +79,7 @@ function toggle(item) {
   item.querySelector("[data-card]").setAttribute("aria-pressed", String(on));
 }
 
-const items = () => [...grid.children];
+const items = () => (grid?.isConnected ? [...grid.children] : []);
 let last = null; // the image that had the focus, when a button was pressed
 document.addEventListener("focusin", (event) => { const item = event.target.closest?.("#review > li"); if (item) last = item; });
 
@@ -94,43 +95,61 @@ async function say(decisions) {
     const item = items().find((other) => other.image.image_id === image.image_id);
     if (item) mark(item, image);
   }
+  return answer.images;
 }
 
 function carefully(action) {
   queue = queue.then(action).catch((error) => {
-    if (error instanceof Refused) notice(error.message);
-    else reportError(error);
+    if (!(error instanceof Refused)) { reportError(error); return; }
+    notice(error.message);
+    if (error.status === 409) reload(); // the labels are others by now
   });
 }
 
-function decide(action, label = undefined, given = undefined) {
-  carefully(async () => {
-    const on = given ?? targets();
-    if (!on.length) { notice("Choose an image first."); return; }
-    await say(on.map((item) => ({ image_id: item.image.image_id, action, ...(label ? { label } : {}) })));
-    done.push(on.map((item) => item.image.image_id));
-    on.forEach((item) => { if (item.querySelector(".chosen")) toggle(item); });
-    const next = items()[items().indexOf(on[on.length - 1]) + 1];
-    (next ?? on[on.length - 1]).querySelector("[data-card]").focus();
+// The label that was seen goes along: another one by now is neither accepted nor rejected.
+const said = (item, action, label) => ({ image_id: item.image.image_id, action, label: label ?? item.image.label });
+
+async function keep(decisions) {
+  const images = await say(decisions);
+  done.push(images.map((image) => ({ image_id: image.image_id, undoes: image.decision.id })));
+}
+
+// What a key means is settled when it is pressed, and so is the image that the next key is for.
+function decide(action, label = undefined, on = targets()) {
+  if (!on.length) { notice("Choose an image first."); return; }
+  const decisions = on.map((item) => said(item, action, label));
+  on.forEach((item) => { if (item.querySelector(".chosen")) toggle(item); });
+  const next = items()[items().indexOf(on[on.length - 1]) + 1];
+  (next ?? on[on.length - 1]).querySelector("[data-card]").focus();
+  carefully(() => keep(decisions));
+}
+
+function acceptAll() {
+  const shown = items();
+  carefully(async () => { // by then it is known what was decided of them
+    const open = shown.filter((item) => !item.image.decision);
+    if (open.length) await keep(open.map((item) => said(item, "accept")));
   });
 }
 
-const acceptAll = () => decide("accept", undefined, items().filter((item) => !item.image.decision));
-
+// The last step of this page; without one, the decision on the image with the focus.
 function undo() {
+  const on = targets();
   carefully(async () => {
-    const ids = done.pop();
-    if (!ids) { notice("Nothing was decided on this page yet."); return; }
-    try { await say(ids.map((id) => ({ image_id: id, action: "undo" }))); } catch (error) { done.push(ids); throw error; }
-    const item = items().find((other) => other.image.image_id === ids[0]);
+    const step = done.pop() ?? on.filter((item) => item.image.decision)
+      .map((item) => ({ image_id: item.image.image_id, undoes: item.image.decision.id }));
+    if (!step.length) { notice("Nothing was decided on this page yet."); return; }
+    try { await say(step.map((one) => ({ ...one, action: "undo" }))); } catch (error) {
+      if (!error.status) done.push(step); // it was not heard; what is refused is not asked for again
+      throw error;
+    }
+    const item = items().find((other) => other.image.image_id === step[0].image_id);
     item?.querySelector("[data-card]").focus();
-    notice(ids.length === 1 ? "Undone." : `Undone: ${number(ids.length)} decisions.`);
+    notice(step.length === 1 ? "Undone." : `Undone: ${number(step.length)} decisions.`);
   });
 }
 
-const change = () => carefully(async () => askForLabel());
-
-function askForLabel() {
+function change() {
   const on = targets();
   if (!on.length) { notice("Choose an image first."); return; }
   const dialog = document.getElementById("help");

@@ -2,7 +2,7 @@
 
 import { get, post } from "/static/api.js";
 import { searchByFile } from "/static/app.js";
-import { card, element, named, number, percent, thumbnail } from "/static/dom.js";
+import { card, element, named, number, percent, telling, thumbnail } from "/static/dom.js";
 import * as overview from "/static/overview.js";
 
 const filterOf = (parameters) => [...parameters].filter(([name]) => name === "where" || name === "facet");
@@ -54,8 +54,10 @@ function form(parameters, facts, { go, address }) {
 async function byUrl(go, address) {
   const url = prompt("Address of an image");
   if (!url) return;
-  const answer = await post("/api/uploads/url", { url });
-  go(address([["upload", answer.upload]]));
+  await telling(async () => {
+    const answer = await post("/api/uploads/url", { url });
+    go(address([["upload", answer.upload]]));
+  });
 }
 
 function about(query, found, total, filter) {
@@ -72,12 +74,12 @@ function about(query, found, total, filter) {
 
 function moreButton(found, filter, put) {
   let { next } = found;
-  const button = element("button", { type: "button", onclick: async () => {
+  const button = element("button", { type: "button", onclick: () => telling(async () => {
     const page = await get("/api/images", [...filter, ["after", next]]);
     page.images.forEach(put);
     ({ next } = page);
     button.hidden = next === null;
-  } }, "More images");
+  }) }, "More images");
   button.hidden = next === null;
   return element("p", { class: "center" }, button);
 }
@@ -92,8 +94,8 @@ function sidebar(facets, parameters, { go, address }) {
   const blocks = facets.facets.map((facet) => {
     const shown = new Map(facet.values.map((entry) => [entry.value, entry.count]));
     for (const text of chosen) {
-      const [name, ...value] = text.split(":");
-      if (name === facet.name && !shown.has(value.join(":"))) shown.set(value.join(":"), 0);
+      const value = text.startsWith(`${facet.name}:`) ? text.slice(facet.name.length + 1) : undefined;
+      if (value !== undefined && !shown.has(value)) shown.set(value, 0);
     }
     const entries = [...shown].map(([value, count]) => {
       const text = `${facet.name}:${value}`;
