@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from functools import cached_property
 
 from pipeline.errors import OutputError
+from pipeline.local_cache import PARTIAL
 from pipeline.shards import Shard, name_part, shard_from_json
 from pipeline.storage import STAGING, Storage
 
@@ -75,14 +76,18 @@ class CommitLog:
         self._records: dict[str, Commit] = {}
 
     @cached_property
+    def _names(self) -> list[str]:
+        return [info.path.removeprefix(f"{COMMITS}/") for info in self.output.find(COMMITS)]
+
+    @cached_property
     def listed(self) -> frozenset[str]:
         """Every file stem that has a record, superseded or not."""
-        names = (info.path for info in self.output.find(COMMITS))
-        return frozenset(
-            name.removeprefix(f"{COMMITS}/").removesuffix(".json")
-            for name in names
-            if name.endswith(".json")
-        )
+        return frozenset(name.removesuffix(".json") for name in self._names if name.endswith(".json"))
+
+    @property
+    def unfinished(self) -> list[str]:
+        """Paths of records that a killed run was writing."""
+        return [f"{COMMITS}/{name}" for name in self._names if name.startswith(PARTIAL)]
 
     @cached_property
     def superseded(self) -> frozenset[str]:
@@ -155,6 +160,9 @@ def clean(output: Storage, log: CommitLog, removed: Iterable[str] = ()) -> int:
             if stem not in live:
                 output.delete(info.path)
                 num_deleted += 1
+    for path in log.unfinished:
+        output.delete(path)
+        num_deleted += 1
     num_deleted += len(output.find(STAGING))
     output.delete_folder(STAGING)
     return num_deleted

@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import BinaryIO
 
 from pipeline.file_info import FileInfo
+from pipeline.local_cache import PARTIAL
 
 _DELETIONS, _DELETION_PAUSE_S = 20, 0.1
 
@@ -148,7 +149,7 @@ def _info(relative: str, status: os.stat_result) -> FileInfo:
 def _temporary_beside(target: Path) -> Iterator[Path]:
     """A path in the target's folder, which is made; what is left there at the end is deleted."""
     target.parent.mkdir(parents=True, exist_ok=True)
-    temporary = target.parent / f".tmp-{uuid.uuid4().hex}"
+    temporary = target.parent / f"{PARTIAL}{uuid.uuid4().hex}"
     try:
         yield temporary
     finally:

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from pipeline.commits import Commit, CommitLog, DataFile, clean, write_commit
+from pipeline.commits import COMMITS, Commit, CommitLog, DataFile, clean, write_commit
 from pipeline.errors import OutputError
 from pipeline.shards import Shard
 from pipeline.storage import STAGING, Storage
@@ -139,9 +139,10 @@ def test_cleaning_removes_what_no_commit_stands_for_and_nothing_live(output: Sto
     orphan = make_commit("1", "orphan.tar")
     put_files(output, orphan)
     output.write_bytes(f"{STAGING}/run/part.parquet", b"x")
+    output.write_bytes(f"{COMMITS}/.tmp-of-a-killed-run", b"{")
     output.write_bytes("reports/r.json", b"{}")
     output.write_bytes("index/CURRENT", b"x")
-    assert clean(output, CommitLog(output)) == 3
+    assert clean(output, CommitLog(output)) == 4
     assert present(output) == sorted([*files_of(live), "index/CURRENT", "reports/r.json"])
     assert not (Path(output.root) / STAGING).exists()
 
