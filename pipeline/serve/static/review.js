@@ -4,7 +4,7 @@ import { Refused, get, post } from "/static/api.js";
 import { card, element, notice, number, percent } from "/static/dom.js";
 
 const SHOWN = { open: "open", decided: "decided", all: "all" };
-const done = []; // what was decided on this page, for undo: lists of { id, image_id }
+const done = []; // what was decided on this page, for undo: lists of undos
 let grid = null;
 let labels = [];
 let reload = () => {};
@@ -109,9 +109,12 @@ function carefully(action) {
 // The label that was seen goes along: another one by now is neither accepted nor rejected.
 const said = (item, action, label) => ({ image_id: item.image.image_id, action, label: label ?? item.image.label });
 
+// A decision of an earlier version has no id; the last one on its image is undone then.
+const undoing = (image) => ({ image_id: image.image_id, action: "undo", undoes: image.decision.id || undefined });
+
 async function keep(decisions) {
   const images = await say(decisions);
-  done.push(images.map((image) => ({ image_id: image.image_id, undoes: image.decision.id })));
+  done.push(images.map(undoing));
 }
 
 // What a key means is settled when it is pressed, and so is the image that the next key is for.
@@ -136,10 +139,9 @@ function acceptAll() {
 function undo() {
   const on = targets();
   carefully(async () => {
-    const step = done.pop() ?? on.filter((item) => item.image.decision)
-      .map((item) => ({ image_id: item.image.image_id, undoes: item.image.decision.id }));
+    const step = done.pop() ?? on.map((item) => item.image).filter((image) => image.decision).map(undoing);
     if (!step.length) { notice("Nothing was decided on this page yet."); return; }
-    try { await say(step.map((one) => ({ ...one, action: "undo" }))); } catch (error) {
+    try { await say(step); } catch (error) {
       if (!error.status) done.push(step); // it was not heard; what is refused is not asked for again
       throw error;
     }
