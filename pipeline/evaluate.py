@@ -72,11 +72,10 @@ def evaluate(
     label = found.as_classes(classes)
     classifier = ask_classifier(log, label, class_of_id) if class_of_id else None
     own = place is output
-    if own:
-        by_faiss_id = classes_by_faiss_id(log, label, searcher)
-    else:
-        there = CommitLog(place)
-        by_faiss_id = classes_by_faiss_id(there, read_labels(there, known).as_classes(classes), searcher)
+    there = log if own else CommitLog(place)
+    others = found if own else read_labels(there, known)
+    voting = list(dict.fromkeys((*classes, *others.names)))  # those that only the reference has vote too
+    by_faiss_id = classes_by_faiss_id(there, others.as_classes(voting), searcher)
     chosen = choose(label, most_queries)
     neighbours = ask_neighbours(log, label, chosen, searcher, by_faiss_id, k, own=own)
     values = {

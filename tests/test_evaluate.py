@@ -64,6 +64,19 @@ def make(folder, count=240, seed=0, *, unlabelled=10) -> Made:
     return Made(output, vectors, labels, logits)
 
 
+def random_output(folder, kinds, seed=0) -> Made:
+    """Vectors that say nothing of these labels, of a model without a classifier."""
+    vectors = np.random.default_rng(seed).normal(size=(len(kinds), DIM)).astype(np.float32)
+    output = empty_output(folder, metadata=["kind"])
+    commit_vectors(output, "a", vectors, columns={"kind": pa.array(kinds, pa.string())})
+    build_index(output)
+    return Made(output, vectors, kinds, np.empty(0))
+
+
+def reference_of(made) -> Reference:
+    return Reference(made.output, open_labels("kind", require_fingerprint(made.output), made.output))
+
+
 def softmax(logits):
     powers = np.exp(logits - logits.max(1, keepdims=True))
     return powers / powers.sum(1, keepdims=True)
@@ -129,8 +142,7 @@ def test_neighbours_of_the_output_itself_leave_the_image_out(made):
 
 def test_neighbours_of_another_output_are_looked_for_there(made, tmp_path):
     other = make(tmp_path / "reference", 300, seed=5)
-    labels = open_labels("kind", require_fingerprint(other.output), other.output)
-    values = judged(made, reference=Reference(other.output, labels))
+    values = judged(made, reference=reference_of(other))
     accuracy, recall, precision = brute_force(
         made.vectors, made.labels, other.vectors, other.labels, 20, own=False
     )
@@ -138,6 +150,16 @@ def test_neighbours_of_another_output_are_looked_for_there(made, tmp_path):
     assert values["recall_at_1"] == pytest.approx(recall[1])
     assert values["map_at_100"] == pytest.approx(precision, abs=1e-5)
     assert values["reference"].endswith("reference")
+
+
+def test_classes_that_only_the_reference_has_vote_too(tmp_path):
+    made = random_output(tmp_path / "out", ["ant"] * 60, seed=1)
+    other = random_output(tmp_path / "reference", ["ant"] * 30 + ["bee"] * 270, seed=2)
+    values = judged(made, reference=reference_of(other))
+    accuracy, *_ = brute_force(made.vectors, made.labels, other.vectors, other.labels, 20, own=False)
+    assert values["knn_accuracy"] == pytest.approx(accuracy)
+    assert values["knn_accuracy"] < 0.2
+    assert values["classes"] == ["ant"]
 
 
 def test_a_class_s_figures_average_to_the_whole(made):
@@ -230,9 +252,8 @@ def test_another_model_s_output_is_no_reference(made, tmp_path):
     other = make(tmp_path / "other", 60)
     path = tmp_path / "other" / "fingerprint.json"
     path.write_text(json.dumps({**json.loads(path.read_text()), "weights_sha256": "1"}))
-    labels = open_labels("kind", require_fingerprint(other.output), other.output)
     with pytest.raises(FingerprintError, match="another weights_sha256"):
-        judged(made, reference=Reference(other.output, labels))
+        judged(made, reference=reference_of(other))
 
 
 def test_the_command_prints_values_and_writes_a_page(made):
