@@ -7,6 +7,7 @@ Enters: a labelled output with an index, and perhaps another, labelled, to look 
 from __future__ import annotations
 
 import json
+import logging
 import time
 from dataclasses import dataclass
 from typing import Any
@@ -27,6 +28,7 @@ from pipeline.neighbour_quality import (
     choose,
     classes_by_faiss_id,
     neighbour_values,
+    num_not_indexed,
 )
 from pipeline.progress import iso_time
 from pipeline.quality import Ids, class_order, per_class
@@ -34,6 +36,8 @@ from pipeline.search import Searcher
 from pipeline.storage import Storage, unique_name
 
 FOLDER = "evaluation"
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -55,7 +59,7 @@ def evaluate(
     """Judge an output, and write what was found; the values are returned.
 
     Neighbours of an image of the output itself leave it out. Raises InputError where no image has a label,
-    SearchError where there is no index to look for neighbours in.
+    or none that has one is indexed, SearchError where there is no index to look for neighbours in.
     """
     started = time.time()
     fingerprint = require_fingerprint(output)
@@ -75,7 +79,7 @@ def evaluate(
     there = log if own else CommitLog(place)
     others = found if own else read_labels(there, known)
     voting = list(dict.fromkeys((*classes, *others.names)))  # those that only the reference has vote too
-    by_faiss_id = classes_by_faiss_id(there, others.as_classes(voting), searcher)
+    by_faiss_id, not_indexed = _voters(there, others.as_classes(voting), searcher)
     chosen = choose(label, most_queries)
     neighbours = ask_neighbours(log, label, chosen, searcher, by_faiss_id, k, own=own)
     values = {
@@ -88,6 +92,7 @@ def evaluate(
         "images": found.num_images,
         "labelled": int((label != NO_CLASS).sum()),
         "queries": len(neighbours.label),
+        "not_indexed": not_indexed,
         "classes": classes,
         **classifier_values(label[label != NO_CLASS], classifier, classes),
         **neighbour_values(neighbours, k),
@@ -126,6 +131,26 @@ def _classes(found: list[str], fingerprint: Fingerprint) -> tuple[list[str], dic
     if all(label.isdecimal() and int(label) in names for label in found):
         return ordered, {int(label): place for place, label in enumerate(ordered)}
     return ordered, {}
+
+
+def _voters(log: CommitLog, label: Ids, searcher: Searcher) -> tuple[Ids, int]:
+    """The class of each indexed image, and how many labelled ones the index lacks, which is told."""
+    by_faiss_id, uri = classes_by_faiss_id(log, label, searcher), log.output.uri
+    if not (by_faiss_id != NO_CLASS).any():
+        raise InputError(
+            f"--labels: no image in the index of {uri} has a label there; if it is older than the output, "
+            f"run: cvt-pipeline index {uri}"
+        )
+    not_indexed = num_not_indexed(log, label, searcher)
+    if not_indexed:
+        logger.warning(
+            "%s: %s labelled images are not in the index, so they are nobody's neighbours; "
+            "run: cvt-pipeline index %s",
+            uri,
+            f"{not_indexed:,}",
+            uri,
+        )
+    return by_faiss_id, not_indexed
 
 
 def _per_class(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 from pipeline.quality_page import calibration_bars, class_table, confusion_matrix, page
@@ -46,12 +47,19 @@ def evaluation_page(values: dict[str, Any]) -> str:
     return page(values["output"], "evaluate", "", values["made_at"], tiles, "".join(body))
 
 
+def _cautions(values: dict[str, Any]) -> Iterator[tuple[str, str]]:
+    """What makes the figures mean something else than they seem to."""
+    if values["not_indexed"]:
+        yield "not in the index", f"{count(values['not_indexed'])} labelled images; run cvt-pipeline index"
+
+
 def _facts(values: dict[str, Any]) -> str:
     other = values["reference"] != values["output"]
     rows = [
         ("images", f"{count(values['images'])}, {count(values['labelled'])} of them labelled"),
         ("neighbours from", values["reference"] if other else "the output itself, without the image"),
         ("asked for neighbours", count(values["queries"])),
+        *_cautions(values),
         ("model", values["model"]),
         ("precision", values["precision"]),
         ("fingerprint", values["fingerprint"]),

@@ -16,7 +16,7 @@ import pyarrow.compute as pc
 
 from pipeline.commits import CommitLog
 from pipeline.errors import InputError
-from pipeline.index.vectors import Vectors, usable
+from pipeline.index.vectors import Vectors, normalize, usable
 from pipeline.labelled_rows import LABEL_ROWS, NO_CLASS, VECTOR_ROWS, matrix, tables
 from pipeline.quality import Flags, Floats, Ids
 from pipeline.schema import IMAGE_ID
@@ -50,6 +50,17 @@ def classes_by_faiss_id(log: CommitLog, label: Ids, searcher: Searcher) -> Ids:
         seen += len(ids)
         classes[ids[ids >= 0]] = mine[ids >= 0]
     return classes
+
+
+def num_not_indexed(log: CommitLog, label: Ids, searcher: Searcher) -> int:
+    """How many labelled images are of commits that the index does not have yet."""
+    indexed = frozenset(searcher.record.commits)
+    seen = number = 0
+    for commit in log.stream(log.live):
+        mine = label[seen : seen + commit.num_rows]
+        seen += len(mine)
+        number += 0 if commit.stem in indexed else int((mine != NO_CLASS).sum())
+    return number
 
 
 def faiss_ids(table: pa.Table, stem: str, searcher: Searcher) -> Numbers:
@@ -94,12 +105,14 @@ def ask_neighbours(
         if not len(rows):
             continue
         mine = label[rows]
-        scores, ids = searcher.search(vectors, max(k, DEPTH) + own)
+        depth, there = min(max(k, DEPTH), searcher.record.num_vectors), per_class[mine]
+        scores, ids = searcher.engine.search(normalize(vectors), depth + own)
         if own:
-            scores, ids = without(scores, ids, faiss_ids(table, stem, searcher))
+            itself = faiss_ids(table, stem, searcher)
+            scores, ids = without(scores, ids, itself)
+            there = there - ((itself >= 0) & (by_faiss_id[itself] == mine))
         neighbours = np.where(ids < 0, NO_CLASS, by_faiss_id[ids])
         relevant = neighbours == mine[:, None]
-        there = per_class[mine] - own
         parts.append((mine, _vote(neighbours[:, :k], scores[:, :k]), _precision(relevant, there), relevant))
     if not parts:
         raise InputError(f"--labels: no labelled image of {log.output.uri} has an embedding to compare")
@@ -108,8 +121,11 @@ def ask_neighbours(
 
 
 def without(scores: Vectors, ids: Numbers, own: Numbers) -> tuple[Any, Any]:
-    """Neighbours without the image itself, or without the last where it is not among them."""
-    is_own = ids == own[:, None]
+    """Neighbours without the image itself, or without the last where it is not among them.
+
+    `own` are faiss ids, -1 of an image that is not indexed.
+    """
+    is_own = (ids == own[:, None]) & (own >= 0)[:, None]
     is_own[~is_own.any(axis=1), -1] = True
     shape = len(ids), ids.shape[1] - 1
     return scores[~is_own].reshape(shape), ids[~is_own].reshape(shape)

@@ -92,8 +92,15 @@ def judged(made, labels="kind", reference=None, **options):
     return evaluate(made.output, known, reference, **options)
 
 
+def page_of(values):
+    return Path(values["report"].removeprefix("file://")).read_text()
+
+
 def brute_force(queries, query_labels, others, other_labels, k, *, own):
-    """kNN accuracy, recall@k, and mAP@100 by the definitions."""
+    """kNN accuracy, recall@k, and mAP@100 by the definitions.
+
+    `own`: the others are the first of the queries.
+    """
     unit = lambda rows: rows / np.linalg.norm(rows, axis=1, keepdims=True)  # noqa: E731
     cosines = unit(queries) @ unit(others).T
     right, recall, precision = [], {1: [], 5: [], 10: []}, []
@@ -109,7 +116,7 @@ def brute_force(queries, query_labels, others, other_labels, k, *, own):
         hits = np.array([other_labels[n] == label for n in order])
         for most, found in recall.items():
             found.append(hits[:most].any())
-        there = sum(it == label for it in other_labels) - own
+        there = sum(it == label for it in other_labels) - (own and row < len(others))
         ranks = np.flatnonzero(hits) + 1
         precision.append(sum((n + 1) / rank for n, rank in enumerate(ranks)) / min(100, max(1, there)))
     return np.mean(right), {k: np.mean(found) for k, found in recall.items()}, np.mean(precision)
@@ -160,6 +167,33 @@ def test_classes_that_only_the_reference_has_vote_too(tmp_path):
     assert values["knn_accuracy"] == pytest.approx(accuracy)
     assert values["knn_accuracy"] < 0.2
     assert values["classes"] == ["ant"]
+
+
+def test_what_the_index_lacks_is_nobody_s_neighbour_and_told(tmp_path, caplog):
+    made = random_output(tmp_path / "out", list("ABC") * 6)
+    more = made.vectors + np.random.default_rng(1).normal(scale=0.1, size=made.vectors.shape)
+    commit_vectors(made.output, "b", more.astype(np.float32), columns={"kind": made.labels})
+    values = judged(made, k=5)
+    accuracy, recall, precision = brute_force(
+        np.concatenate([made.vectors, more]), made.labels * 2, made.vectors, made.labels, 5, own=True
+    )
+    assert (values["labelled"], values["not_indexed"]) == (36, 18)
+    assert "18 labelled images are not in the index" in caplog.text
+    assert "18 labelled images; run cvt-pipeline index" in page_of(values)
+    assert values["knn_accuracy"] == pytest.approx(accuracy)
+    assert values["recall_at_1"] == pytest.approx(recall[1])
+    assert values["map_at_100"] == pytest.approx(precision, abs=1e-5)
+    build_index(made.output)
+    assert judged(made)["not_indexed"] == 0
+
+
+def test_an_index_without_a_labelled_image_is_refused(tmp_path):
+    made = random_output(tmp_path / "out", [None] * 20)
+    commit_vectors(made.output, "b", made.vectors, columns={"kind": ["ant"] * 20})
+    with pytest.raises(
+        InputError, match=r"no image in the index of .* has a label there; .* run: cvt-pipeline"
+    ):
+        judged(made)
 
 
 def test_a_class_s_figures_average_to_the_whole(made):
@@ -261,6 +295,5 @@ def test_the_command_prints_values_and_writes_a_page(made):
     assert done.returncode == 0, done.stderr
     values = json.loads(done.stdout)
     assert f"{values['top1']:.2%}" in done.stderr
-    page = Path(values["report"].removeprefix("file://")).read_text()
-    assert all(name in page for name in CLASSES)
+    assert all(name in page_of(values) for name in CLASSES)
     assert cli("evaluate", made.output.uri, "--labels", "nothing").returncode == 2
