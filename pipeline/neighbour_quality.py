@@ -1,7 +1,8 @@
 """What the nearest neighbours of labelled images say of them: votes, recall and average precision.
 
 Enters: the classes of an output's images, and an index with the classes of its own. Leaves: a few numbers
-for each image that is asked. Must not know where labels come from.
+for each image that is asked. An image without a label is nobody's neighbour: else the figures would say
+how many are labelled. Must not know where labels come from.
 """
 
 from __future__ import annotations
@@ -89,12 +90,15 @@ def ask_neighbours(
     *,
     own: bool,
 ) -> Neighbours:
-    """Look for the neighbours of the chosen images, a few thousand at a time.
+    """Look for the nearest labelled images of the chosen ones, a few thousand at a time.
 
     Raises InputError where no chosen image has an embedding that can be compared.
     """
     parts: list[tuple[Ids, Ids, Floats, Matrix]] = []
-    per_class = np.bincount(by_faiss_id[by_faiss_id != NO_CLASS], minlength=int(label.max()) + 1)
+    labelled = by_faiss_id != NO_CLASS
+    per_class = np.bincount(by_faiss_id[labelled], minlength=int(label.max()) + 1)
+    depth = min(max(k, DEPTH), int(labelled.sum())) + own
+    only = None if labelled.sum() == searcher.record.num_vectors else labelled  # None is quicker
     seen = 0
     for stem, table in tables(log, (IMAGE_ID, "embedding"), VECTOR_ROWS):
         rows = chosen[(chosen >= seen) & (chosen < seen + table.num_rows)]
@@ -105,8 +109,8 @@ def ask_neighbours(
         if not len(rows):
             continue
         mine = label[rows]
-        depth, there = min(max(k, DEPTH), searcher.record.num_vectors), per_class[mine]
-        scores, ids = searcher.engine.search(normalize(vectors), depth + own)
+        there = per_class[mine]
+        scores, ids = searcher.engine.search(normalize(vectors), depth, only=only)
         if own:
             itself = faiss_ids(table, stem, searcher)
             scores, ids = without(scores, ids, itself)

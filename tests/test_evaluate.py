@@ -16,6 +16,7 @@ from pipeline.errors import FingerprintError, InputError
 from pipeline.evaluate import Reference, evaluate
 from pipeline.fingerprint import require_fingerprint
 from pipeline.index.build import build_index
+from pipeline.index.engine import Engine
 from pipeline.label_source import open_labels
 from pipeline.quality import calibration
 from pipeline.storage import Storage
@@ -97,7 +98,7 @@ def page_of(values):
 
 
 def brute_force(queries, query_labels, others, other_labels, k, *, own):
-    """kNN accuracy, recall@k, and mAP@100 by the definitions.
+    """kNN accuracy, recall@k, and mAP@100 by the definitions, among labelled images.
 
     `own`: the others are the first of the queries.
     """
@@ -107,11 +108,11 @@ def brute_force(queries, query_labels, others, other_labels, k, *, own):
     for row, label in enumerate(query_labels):
         if label is None:
             continue
-        order = [n for n in np.argsort(-cosines[row], kind="stable") if not (own and n == row)][:100]
+        ranked = (n for n in np.argsort(-cosines[row], kind="stable") if other_labels[n] is not None)
+        order = [n for n in ranked if not (own and n == row)][:100]
         votes: dict[str, float] = {}
         for n in order[:k]:
-            if other_labels[n] is not None:
-                votes[other_labels[n]] = votes.get(other_labels[n], 0) + np.exp(cosines[row, n] / 0.07)
+            votes[other_labels[n]] = votes.get(other_labels[n], 0) + np.exp(cosines[row, n] / 0.07)
         right.append(max(votes, key=lambda name: votes[name]) == label)
         hits = np.array([other_labels[n] == label for n in order])
         for most, found in recall.items():
@@ -167,6 +168,32 @@ def test_classes_that_only_the_reference_has_vote_too(tmp_path):
     assert values["knn_accuracy"] == pytest.approx(accuracy)
     assert values["knn_accuracy"] < 0.2
     assert values["classes"] == ["ant"]
+
+
+def test_images_without_a_label_are_nobody_s_neighbours(tmp_path):
+    made = make(tmp_path / "out", 400, unlabelled=350)
+    values = judged(made)
+    known = [n for n, label in enumerate(made.labels) if label is not None]
+    labels = [made.labels[n] for n in known]
+    accuracy, recall, precision = brute_force(
+        made.vectors[known], labels, made.vectors[known], labels, 20, own=True
+    )
+    assert values["knn_accuracy"] == pytest.approx(accuracy)
+    assert [values[f"recall_at_{k}"] for k in (1, 5, 10)] == pytest.approx([recall[k] for k in (1, 5, 10)])
+    assert values["map_at_100"] == pytest.approx(precision, abs=1e-5)
+
+
+def test_where_all_are_labelled_the_index_is_searched_without_a_filter(tmp_path, monkeypatch):
+    filters = []
+    search = Engine.search
+    made = [make(tmp_path / str(unlabelled), 60, unlabelled=unlabelled) for unlabelled in (0, 1)]
+    monkeypatch.setattr(
+        Engine, "search", lambda *args, only: filters.append(only) or search(*args, only=only)
+    )
+    judged(made[0])
+    assert filters.pop() is None
+    judged(made[1])
+    assert filters.pop().sum() == 59
 
 
 def test_what_the_index_lacks_is_nobody_s_neighbour_and_told(tmp_path, caplog):
