@@ -75,16 +75,16 @@ def evaluate(
     classes, class_of_id = _classes(found.names, fingerprint)
     label = found.as_classes(classes)
     classifier = ask_classifier(log, label, class_of_id) if class_of_id else None
-    own = place is output
+    own = place.url("").rstrip("/") == output.url("").rstrip("/")
     there = log if own else CommitLog(place)
-    others = found if own else read_labels(there, known)
+    others = found if known is labels else read_labels(there, known)
     voting = list(dict.fromkeys((*classes, *others.names)))  # those that only the reference has vote too
     by_faiss_id, not_indexed = _voters(there, others.as_classes(voting), searcher)
     chosen = choose(label, most_queries)
     neighbours = ask_neighbours(log, label, chosen, searcher, by_faiss_id, k, own=own)
     values = {
         "output": output.uri,
-        "reference": place.uri,
+        "reference": there.output.uri,
         "made_at": iso_time(started),
         "fingerprint": fingerprint.digest,
         "model": fingerprint.source,

@@ -170,6 +170,16 @@ def test_classes_that_only_the_reference_has_vote_too(tmp_path):
     assert values["classes"] == ["ant"]
 
 
+def test_an_output_named_as_its_own_reference_leaves_the_image_out_too(tmp_path):
+    made = random_output(tmp_path / "out", list("ABC") * 20)
+    known = reference_of(made).labels
+    values = judged(made)
+    named = judged(made, reference=Reference(Storage(f"{tmp_path}/out/"), known))
+    assert values["knn_accuracy"] < 0.6
+    for name in ("reference", "knn_accuracy", "recall_at_1", "map_at_100"):
+        assert named[name] == values[name]
+
+
 def test_images_without_a_label_are_nobody_s_neighbours(tmp_path):
     made = make(tmp_path / "out", 400, unlabelled=350)
     values = judged(made)
