@@ -39,6 +39,7 @@ def evaluate(
     set_up_logging(verbose=False)
     from pipeline.evaluate import Reference
     from pipeline.evaluate import evaluate as run_evaluation
+    from pipeline.evaluation_page import ids_told
     from pipeline.fingerprint import require_fingerprint
     from pipeline.label_source import open_labels
     from pipeline.load_config import open_output
@@ -57,6 +58,8 @@ def evaluate(
         parts.append(f"top-1 {values['top1']:.2%}, top-5 {values['top5']:.2%}")
         parts.append(f"calibration error {values['calibration_error']:.3f}")
     parts.append(f"{k}-NN {values['knn_accuracy']:.2%}, mAP@100 {values['map_at_100']:.3f}")
+    if told := ids_told(values):
+        console.print(f"labels are {escape(told)}", highlight=False)
     console.print(f"{'; '.join(parts)}\nby class: {escape(values['report'])}", highlight=False)
 
 

@@ -72,7 +72,7 @@ def evaluate(
         raise InputError(
             f"--labels: none of the {found.num_images:,} images of {output.uri} has a label there"
         )
-    classes, class_of_id = _classes(found.names, fingerprint)
+    classes, class_of_id, named_ids = _classes(found.names, fingerprint)
     label = found.as_classes(classes)
     classifier = ask_classifier(log, label, class_of_id) if class_of_id else None
     own = place.url("").rstrip("/") == output.url("").rstrip("/")
@@ -94,6 +94,7 @@ def evaluate(
         "queries": len(neighbours.label),
         "not_indexed": not_indexed,
         "classes": classes,
+        "labels_are_ids_of": named_ids,
         **classifier_values(label[label != NO_CLASS], classifier, classes),
         **neighbour_values(neighbours, k),
         "per_class": _per_class(label[label != NO_CLASS], classifier, neighbours, classes),
@@ -116,21 +117,24 @@ def check_alike(output: Storage, fingerprint: Fingerprint, place: Storage, named
             )
 
 
-def _classes(found: list[str], fingerprint: Fingerprint) -> tuple[list[str], dict[int, int]]:
+def _classes(
+    found: list[str], fingerprint: Fingerprint
+) -> tuple[list[str], dict[int, int], dict[str, str] | None]:
     """Class names, and the class of each of the classifier's ids; no ids where it knows none of them.
 
-    The labels may be the classifier's names, or its ids.
+    The labels may be the classifier's names, or its ids: then the last is what it calls each of them.
     """
     names = {int(number): label for number, label in fingerprint.model_config["id2label"].items()}
     if set(found) & set(names.values()):
         ordered = [name for name in dict.fromkeys(names[n] for n in sorted(names)) if name in found]
         ordered += class_order(set(found) - set(ordered))
         place = {name: number for number, name in enumerate(ordered)}
-        return ordered, {number: place[name] for number, name in names.items() if name in place}
+        return ordered, {number: place[name] for number, name in names.items() if name in place}, None
     ordered = class_order(set(found))
     if all(label.isdecimal() and int(label) in names for label in found):
-        return ordered, {int(label): place for place, label in enumerate(ordered)}
-    return ordered, {}
+        place_of_id = {int(label): place for place, label in enumerate(ordered)}
+        return ordered, place_of_id, {label: names[int(label)] for label in ordered}
+    return ordered, {}, None
 
 
 def _voters(log: CommitLog, label: Ids, searcher: Searcher) -> tuple[Ids, int]:

@@ -8,6 +8,18 @@ from typing import Any
 from pipeline.quality_page import calibration_bars, class_table, confusion_matrix, page
 from pipeline.report_parts import count, pairs, safe, section
 
+MOST_NAMED = 10
+
+
+def ids_told(values: dict[str, Any]) -> str:
+    """What labels that are numbers were taken for; empty where they are names."""
+    named = values["labels_are_ids_of"]
+    if named is None:
+        return ""
+    some = [f"{number} = {label}" for number, label in list(named.items())[:MOST_NAMED]]
+    more = ", …" if len(named) > MOST_NAMED else ""
+    return f"numbers, taken as the classifier's ids: {', '.join(some)}{more}"
+
 
 def evaluation_page(values: dict[str, Any]) -> str:
     """The page of an evaluation's values."""
@@ -49,6 +61,8 @@ def evaluation_page(values: dict[str, Any]) -> str:
 
 def _cautions(values: dict[str, Any]) -> Iterator[tuple[str, str]]:
     """What makes the figures mean something else than they seem to."""
+    if told := ids_told(values):
+        yield "labels", told
     if values["not_indexed"]:
         yield "not in the index", f"{count(values['not_indexed'])} labelled images; run cvt-pipeline index"
 

@@ -264,7 +264,7 @@ def test_labels_of_a_file_are_joined_by_id(made, tmp_path, suffix):
         assert mine[name] == theirs[name]
 
 
-def test_labels_may_be_the_classifier_s_ids(made, tmp_path):
+def test_labels_may_be_the_classifier_s_ids_which_is_told(made, tmp_path):
     ids = [f"{'a' if n < 120 else 'b'}#{n % 120}" for n in range(240)]
     lines = [
         f"{image_id},{CLASSES.index(label)}\n"
@@ -272,7 +272,15 @@ def test_labels_may_be_the_classifier_s_ids(made, tmp_path):
         if label
     ]
     (tmp_path / "labels.csv").write_text("image_id,label\n" + "".join(lines))
-    assert judged(made, str(tmp_path / "labels.csv"))["top1"] == judged(made)["top1"]
+    by_name, by_id = judged(made), judged(made, str(tmp_path / "labels.csv"))
+    assert by_id["top1"] == by_name["top1"]
+    assert by_name["labels_are_ids_of"] is None
+    assert by_id["labels_are_ids_of"] == {str(number): name for number, name in enumerate(CLASSES)}
+    told = "numbers, taken as the classifier&#x27;s ids: 0 = ant, 1 = bee, 2 = cow"
+    assert told in page_of(by_id)
+    assert told not in page_of(by_name)
+    done = cli("evaluate", made.output.uri, "--labels", str(tmp_path / "labels.csv"))
+    assert "labels are numbers, taken as the classifier's ids: 0 = ant, 1 = bee" in done.stderr
 
 
 def test_labels_that_the_classifier_does_not_know_judge_the_neighbours_alone(tmp_path):
