@@ -55,7 +55,8 @@ def evaluate(
         typer.echo(json.dumps(values))
     parts = [f"{values['labelled']:,} labelled images"]
     if values["top1"] is not None:
-        parts.append(f"top-1 {values['top1']:.2%}, top-5 {values['top5']:.2%}")
+        top5 = "" if values["top5"] is None else f", top-5 {values['top5']:.2%}"
+        parts.append(f"top-1 {values['top1']:.2%}{top5}")
         parts.append(f"calibration error {values['calibration_error']:.3f}")
     parts.append(f"{k}-NN {values['knn_accuracy']:.2%}, mAP@100 {values['map_at_100']:.3f}")
     if told := ids_told(values):

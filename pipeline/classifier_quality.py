@@ -22,11 +22,16 @@ class Classifier:
 
     said: Ids  # NO_CLASS where no image has that class
     confidence: Floats
-    in_top5: Flags
+    in_top5: Flags | None  # None where fewer candidates than that were kept of each image
 
 
-def ask_classifier(log: CommitLog, label: Ids, class_of_id: dict[int, int]) -> Classifier | None:
-    """What the output's columns say of the labelled images; None where there are no such columns."""
+def ask_classifier(
+    log: CommitLog, label: Ids, class_of_id: dict[int, int], num_ids: int
+) -> Classifier | None:
+    """What the output's columns say of the labelled images; None where there are no such columns.
+
+    The classifier has `num_ids` classes, of which `class_of_id` names those that images have.
+    """
     size = max(class_of_id) + 2
     translated = np.full(size, NO_CLASS, np.int32)
     translated[list(class_of_id)] = list(class_of_id.values())
@@ -36,7 +41,7 @@ def ask_classifier(log: CommitLog, label: Ids, class_of_id: dict[int, int]) -> C
         return cast(Ids, translated[np.minimum(ids, size - 1)])
 
     parts: list[tuple[Ids, Floats, Flags]] = []
-    seen = 0
+    seen, kept = 0, TOP
     for _, table in tables(log, ("label_id", "score", "logits", "top_ids"), VECTOR_ROWS):
         if "label_id" not in table.column_names:
             return None
@@ -49,9 +54,11 @@ def ask_classifier(log: CommitLog, label: Ids, class_of_id: dict[int, int]) -> C
             best = np.argsort(-matrix(table.column("logits")), axis=1, kind="stable")[:, :TOP]
         elif "top_ids" in table.column_names:
             best = matrix(table.column("top_ids"))[:, :TOP]
+        kept = min(kept, best.shape[1])
         in_top5 = (classes_of(best) == mine[mine != NO_CLASS, None]).any(axis=1)
         parts.append((classes_of(said), table.column("score").to_numpy(), in_top5))
-    return Classifier(*(np.concatenate(part) for part in zip(*parts, strict=True)))
+    said, confidence, in_top5 = (np.concatenate(part) for part in zip(*parts, strict=True))
+    return Classifier(said, confidence, in_top5 if kept >= min(TOP, num_ids) else None)
 
 
 def classifier_values(label: Ids, classifier: Classifier | None, classes: list[str]) -> dict[str, Any]:
@@ -62,7 +69,7 @@ def classifier_values(label: Ids, classifier: Classifier | None, classes: list[s
     inside = classifier.said != NO_CLASS
     return {
         "top1": float(right.mean()),
-        "top5": float(classifier.in_top5.mean()),
+        "top5": None if classifier.in_top5 is None else float(classifier.in_top5.mean()),
         "calibration_error": calibrated.error,
         "calibration_bins": calibrated.bins,
         "confusion": confusion(label[inside], classifier.said[inside], len(classes)),

@@ -74,7 +74,8 @@ def evaluate(
         )
     classes, class_of_id, named_ids = _classes(found.names, fingerprint)
     label = found.as_classes(classes)
-    classifier = ask_classifier(log, label, class_of_id) if class_of_id else None
+    num_ids = len(fingerprint.model_config["id2label"])
+    classifier = ask_classifier(log, label, class_of_id, num_ids) if class_of_id else None
     own = place.url("").rstrip("/") == output.url("").rstrip("/")
     there = log if own else CommitLog(place)
     others = found if known is labels else read_labels(there, known)

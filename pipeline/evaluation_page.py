@@ -51,12 +51,18 @@ def evaluation_page(values: dict[str, Any]) -> str:
     if with_classifier:
         tiles = [
             ("top 1", f"{values['top1']:.2%}", f"of {count(values['labelled'])} images"),
-            ("top 5", f"{values['top5']:.2%}", "label among the five first"),
+            _top5(values["top5"]),
             *tiles[:1],
             *tiles[2:],
             ("calibration error", f"{values['calibration_error']:.3f}", "0 is perfect"),
         ]
     return page(values["output"], "evaluate", "", values["made_at"], tiles, "".join(body))
+
+
+def _top5(share: float | None) -> tuple[str, str, str]:
+    if share is None:
+        return "top 5", "–", "the output keeps fewer candidates (output.logits)"
+    return "top 5", f"{share:.2%}", "label among the five first"
 
 
 def _cautions(values: dict[str, Any]) -> Iterator[tuple[str, str]]:

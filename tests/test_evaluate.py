@@ -138,6 +138,29 @@ def test_the_classifier_s_figures_are_those_of_its_logits(made):
     assert [row["class"] for row in values["per_class"]] == list(CLASSES)
 
 
+@pytest.mark.parametrize(("kept", "known"), [(0, False), (3, False), (5, True)])
+def test_top5_is_known_where_five_candidates_were_kept(made, tmp_path, kept, known):
+    said = np.argsort(-made.logits, axis=1, kind="stable")
+    columns = {
+        "kind": pa.array(made.labels, pa.string()),
+        "label_id": pa.array(said[:, 0], pa.int32()),
+        "score": pa.array(softmax(made.logits).max(1)),
+    }
+    if kept:
+        best = pa.array(said[:, :kept].ravel(), pa.int32())
+        columns["top_ids"] = pa.FixedSizeListArray.from_arrays(best, kept)
+    output = empty_output(tmp_path / "out", CLASSES, metadata=["kind"])
+    commit_vectors(output, "a", made.vectors, columns=columns)
+    build_index(output)
+    mine, whole = judged(made._replace(output=output)), judged(made)
+    assert mine["top1"] == pytest.approx(whole["top1"])
+    assert mine["top5"] == (pytest.approx(whole["top5"]) if known else None)
+    assert ("the output keeps fewer candidates" in page_of(mine)) is not known
+    if not kept:
+        done = cli("evaluate", output.uri, "--labels", "kind")
+        assert f"top-1 {mine['top1']:.2%}; calibration error" in done.stderr
+
+
 def test_neighbours_of_the_output_itself_leave_the_image_out(made):
     values = judged(made, k=7)
     accuracy, recall, precision = brute_force(
