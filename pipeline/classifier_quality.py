@@ -63,7 +63,9 @@ def ask_classifier(
 
 def classifier_values(label: Ids, classifier: Classifier | None, classes: list[str]) -> dict[str, Any]:
     if classifier is None:
-        return dict.fromkeys(("top1", "top5", "calibration_error", "calibration_bins", "confusion"))
+        return dict.fromkeys(
+            ("top1", "top5", "calibration_error", "calibration_bins", "confusion", "said_otherwise")
+        )
     right = classifier.said == label
     calibrated = calibration(classifier.confidence, right)
     inside = classifier.said != NO_CLASS
@@ -73,4 +75,5 @@ def classifier_values(label: Ids, classifier: Classifier | None, classes: list[s
         "calibration_error": calibrated.error,
         "calibration_bins": calibrated.bins,
         "confusion": confusion(label[inside], classifier.said[inside], len(classes)),
+        "said_otherwise": np.bincount(label[~inside], minlength=len(classes)).tolist(),
     }

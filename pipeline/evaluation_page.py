@@ -30,7 +30,7 @@ def evaluation_page(values: dict[str, Any]) -> str:
     body = (
         section(
             "Confusion",
-            confusion_matrix(values["confusion"], values["classes"]),
+            confusion_matrix(values["confusion"], values["classes"], values["said_otherwise"]),
             "labels down, what the classifier says across",
             wide=True,
         ),

@@ -13,6 +13,7 @@ from pipeline.report_style import PAGE, SCRIPT, STYLE
 
 MOST_ROWS = 200
 MOST_SHOWN = 30  # classes of a confusion matrix that can be read
+OTHER = "another class"
 _COLOURS = ("--accent", "--warm", "--good", "--bad")
 
 QUALITY_STYLE = """
@@ -88,17 +89,24 @@ def curves(
     )
 
 
-def confusion_matrix(counts: Sequence[Sequence[int]] | None, classes: Sequence[str]) -> str:
-    """Labels down, what was said across, shaded by the share of the row; nothing of too many classes."""
+def confusion_matrix(
+    counts: Sequence[Sequence[int]] | None, classes: Sequence[str], others: Sequence[int] = ()
+) -> str:
+    """Labels down, what was said across, shaded by the share of the row; nothing of too many classes.
+
+    `others` are the images of each class that were said to be of none of these: a last column, if any.
+    """
     if counts is None or len(classes) > MOST_SHOWN:
         return ""
-    head = "".join(f"<th scope='col'>{name(it)}</th>" for it in classes)
+    across = [*classes, OTHER] if any(others) else classes
+    head = "".join(f"<th scope='col'>{name(it)}</th>" for it in across)
     rows = []
     for row, label in enumerate(classes):
-        total = max(1, sum(counts[row]))
+        numbers = [*counts[row], others[row]] if any(others) else counts[row]
+        total = max(1, sum(numbers))
         cells = "".join(
-            _cell(number, number / total, right=row == column, what=f"{label} said to be {classes[column]}")
-            for column, number in enumerate(counts[row])
+            _cell(number, number / total, right=row == column, what=f"{label} said to be {said}")
+            for column, (number, said) in enumerate(zip(numbers, across, strict=True))
         )
         rows.append(f"<tr><th scope='row'>{name(label)}</th>{cells}</tr>")
     return (

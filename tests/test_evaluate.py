@@ -135,7 +135,33 @@ def test_the_classifier_s_figures_are_those_of_its_logits(made):
     expected = calibration(softmax(logits).max(1).astype(np.float32), logits.argmax(1) == truth)
     assert values["calibration_error"] == pytest.approx(expected.error, abs=1e-6)
     assert sum(map(sum, values["confusion"])) == 230
+    assert not any(values["said_otherwise"])
+    assert "another class" not in page_of(values)
     assert [row["class"] for row in values["per_class"]] == list(CLASSES)
+
+
+def test_what_is_said_beside_the_labelled_classes_is_a_column_of_the_confusion(tmp_path):
+    names = [f"c{number}" for number in range(20)]
+    said = np.array([0] * 5 + [7] * 15 + [9] * 20)
+    columns = {
+        "kind": ["c0"] * 20 + ["c1"] * 20,
+        "label_id": pa.array(said, pa.int32()),
+        "score": pa.array([0.9] * 40, pa.float32()),
+    }
+    output = empty_output(tmp_path / "out", names, metadata=["kind"])
+    vectors = np.random.default_rng(0).normal(size=(40, DIM)).astype(np.float32)
+    commit_vectors(output, "a", vectors, columns=columns)
+    build_index(output)
+    values = judged(Made(output, vectors, columns["kind"], np.empty(0)))
+    assert values["confusion"] == [[5, 0], [0, 0]]
+    assert values["said_otherwise"] == [15, 20]
+    page = page_of(values)
+    for told in (
+        "c0 said to be c0: 25.0%",
+        "c0 said to be another class: 75.0%",
+        "c1 said to be another class: 100.0%",
+    ):
+        assert told in page
 
 
 @pytest.mark.parametrize(("kept", "known"), [(0, False), (3, False), (5, True)])
