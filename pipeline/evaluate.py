@@ -163,12 +163,12 @@ def _per_class(
 ) -> list[dict[str, Any]]:
     said = np.full_like(label, NO_CLASS) if classifier is None else classifier.said
     rows = per_class(label, said, classes)
-    count = np.maximum(1, np.bincount(neighbours.label, minlength=len(classes)))
+    asked = np.bincount(neighbours.label, minlength=len(classes)).tolist()
     right = np.bincount(neighbours.label[neighbours.voted == neighbours.label], minlength=len(classes))
     precision = np.bincount(neighbours.label, weights=neighbours.precision, minlength=len(classes))
-    for number, row in enumerate(rows):
-        row["knn_accuracy"] = float(right[number] / count[number])
-        row[f"map_at_{DEPTH}"] = float(precision[number] / count[number])
+    for number, (row, count) in enumerate(zip(rows, asked, strict=True)):
+        row["knn_accuracy"] = float(right[number] / count) if count else None
+        row[f"map_at_{DEPTH}"] = float(precision[number] / count) if count else None
         if classifier is None:
             row |= dict.fromkeys(("precision", "recall", "f1"))
     return rows

@@ -293,6 +293,15 @@ def test_a_class_s_figures_average_to_the_whole(made):
     assert np.average([row["recall"] for row in rows], weights=weights) == pytest.approx(values["top1"])
 
 
+def test_a_class_that_was_not_asked_for_neighbours_has_no_figures_of_them(made):
+    values = judged(made, most_queries=2)
+    known = [row for row in values["per_class"] if row["map_at_100"] is not None]
+    assert 1 <= len(known) <= 2
+    for name in ("knn_accuracy", "map_at_100"):
+        assert [row for row in values["per_class"] if row[name] is not None] == known
+    assert "–" in page_of(values)
+
+
 @pytest.mark.parametrize("suffix", ["csv", "parquet", "jsonl"])
 def test_labels_of_a_file_are_joined_by_id(made, tmp_path, suffix):
     ids = [f"{'a' if n < 120 else 'b'}#{n % 120}" for n in range(240)]
