@@ -16,7 +16,7 @@ import pyarrow.parquet as pq
 
 from pipeline.errors import InputError
 from pipeline.fingerprint import Fingerprint
-from pipeline.schema import IMAGE_ID
+from pipeline.schema import IMAGE_ID, KEY
 from pipeline.storage import Storage, storage_errors
 
 FOLDER = "folder"
@@ -24,7 +24,7 @@ LABEL = "label"
 SUFFIXES = (".csv", ".parquet", ".pq", ".jsonl", ".ndjson")
 _HOW = (
     "give a .csv, .jsonl or .parquet file with the columns image_id and label, the name of a metadata "
-    "column of the output, or folder (the folder that an image lies in)"
+    "column of the output, or folder (the first one of an image's path in the input or its archive)"
 )
 
 
@@ -41,7 +41,7 @@ def open_labels(named: str, fingerprint: Fingerprint, output: Storage) -> LabelS
     if named.lower().endswith(SUFFIXES):
         return _of_file(Storage(named, output.options_for(named)))
     if named == FOLDER:
-        return LabelSource((IMAGE_ID,), lambda table: _folders(table.column(IMAGE_ID)))
+        return LabelSource((KEY,), lambda table: _folders(table.column(KEY)))
     metadata = [name for name, _ in fingerprint.columns["metadata"]]
     if named not in metadata:
         has = f"its metadata columns: {', '.join(metadata)}" if metadata else "it has no metadata columns"
@@ -80,10 +80,21 @@ def _read(file: Storage) -> pa.Table:
         raise InputError(f"--labels: cannot read {file.uri}: {error}; {_HOW}") from error
 
 
-def _folders(ids: pa.ChunkedArray) -> pa.Array:
-    """`cat` of `cat/1.jpg`; null of an image without a folder."""
-    found = [image_id.partition("/") for image_id in ids.to_pylist()]
-    return pa.array([folder if slash else None for folder, slash, _ in found], pa.string())
+def _folders(keys: pa.ChunkedArray) -> pa.Array:
+    """`cat` of `cat/1.jpg`, as finetune labels loose images; null of an image without a folder.
+
+    Raises InputError for a manifest's URIs and absolute paths, whose first folder is no class.
+    """
+    found = []
+    for key in keys.to_pylist():
+        folder, slash, _ = key.partition("/")
+        if "://" in key or (slash and folder in ("", ".", "..")):
+            raise InputError(
+                f"--labels folder: {key} is no path below the input, so its first folder is no label; name "
+                "a metadata column of the manifest, or a file of labels"
+            )
+        found.append(folder if slash else None)
+    return pa.array(found, pa.string())
 
 
 def _text(values: pa.ChunkedArray) -> pa.Array:

@@ -365,11 +365,24 @@ def test_folders_are_labels(tmp_path):
     ids = [f"{name}/{n}.jpg" for name in ("cat", "dog") for n in range(20)]
     vectors = rng.normal(size=(40, DIM)).astype(np.float32)
     vectors[:20, 0] += 9
-    commit_vectors(output, "images", vectors, image_ids=ids)
+    commit_vectors(output, "images", vectors, image_ids=ids, columns={"key": ids})
+    members = [f"a.tar#{path}" for path in ids]
+    commit_vectors(output, "a.tar", vectors, image_ids=members, columns={"key": ids})
     build_index(output)
     values = evaluate(output, open_labels("folder", require_fingerprint(output), output), None, k=5)
     assert values["classes"] == ["cat", "dog"]
+    assert values["labelled"] == 80
     assert values["knn_accuracy"] > 0.8
+
+
+@pytest.mark.parametrize("place", ["s3://bucket/cat/1.jpg", "/data/cat/1.jpg", "../cat/1.jpg"])
+def test_a_manifest_s_uris_have_no_folder_that_is_a_label(tmp_path, place):
+    output = empty_output(tmp_path / "out")
+    vectors = np.ones((1, DIM), np.float32)
+    commit_vectors(output, "images", vectors, image_ids=[place], columns={"key": [place]})
+    build_index(output)
+    with pytest.raises(InputError, match=f"--labels folder: {place} is no path below the input"):
+        evaluate(output, open_labels("folder", require_fingerprint(output), output), None)
 
 
 def test_what_cannot_be_labels_is_refused_with_what_can(made, tmp_path):
