@@ -50,6 +50,7 @@ def open_labels(named: str, fingerprint: Fingerprint, output: Storage) -> LabelS
 
 
 def _of_file(file: Storage) -> LabelSource:
+    """The labels of a file, as a look-up that is made once: files are long, and batches many."""
     table, uri = _read(file), file.uri
     missing = [name for name in (IMAGE_ID, LABEL) if name not in table.column_names]
     if missing:
@@ -57,13 +58,29 @@ def _of_file(file: Storage) -> LabelSource:
             f"--labels: {uri} has no column {' and no column '.join(missing)}; it has "
             f"{', '.join(table.column_names)}"
         )
-    ids, labels = _text(table.column(IMAGE_ID)), _text(table.column(LABEL))
+    known = _by_id(table, uri)
 
     def labels_of(rows: pa.Table) -> pa.Array:
-        places = pc.index_in(rows.column(IMAGE_ID).combine_chunks(), value_set=ids)
-        return labels.take(places)
+        return pa.array(map(known.get, rows.column(IMAGE_ID).to_pylist()), pa.string())
 
     return LabelSource((IMAGE_ID,), labels_of)
+
+
+def _by_id(table: pa.Table, uri: str) -> dict[str, str]:
+    """The label of each image that has one. Raises InputError where an image has two."""
+    ids = _text(table.column(IMAGE_ID))
+    labels = _text(table.column(LABEL)).dictionary_encode()
+    names = labels.dictionary.to_pylist()  # each a single object, however many images have it
+    known: dict[str, str] = {}
+    for image_id, number in zip(ids.to_pylist(), labels.indices.to_pylist(), strict=True):
+        if image_id is None or number is None:
+            continue
+        label = known.setdefault(image_id, names[number])
+        if label != names[number]:
+            raise InputError(
+                f"--labels: {uri} has two labels of {image_id}, {label} and {names[number]}; leave one"
+            )
+    return known
 
 
 def _read(file: Storage) -> pa.Table:

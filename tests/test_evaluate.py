@@ -398,6 +398,23 @@ def test_what_cannot_be_labels_is_refused_with_what_can(made, tmp_path):
         judged(made, str(tmp_path / "others.csv"))
 
 
+def labelled_by(made, path, table, **options):
+    """The evaluation by a Parquet file of labels."""
+    pq.write_table(table, path)
+    return judged(made, str(path), **options)
+
+
+def test_a_file_that_labels_an_image_twice_is_refused_unless_both_agree(made, tmp_path):
+    ids, labels = ["a#0", "a#1", "a#0"], ["ant", "bee", "ant"]
+    values = labelled_by(made, tmp_path / "twice.parquet", pa.table({"image_id": ids, "label": labels}))
+    assert values["labelled"] == 2
+    unclear = pa.table({"image_id": ids, "label": ["ant", "bee", None]})
+    assert labelled_by(made, tmp_path / "null.parquet", unclear)["labelled"] == 2
+    two = pa.table({"image_id": ids, "label": ["ant", "bee", "cow"]})
+    with pytest.raises(InputError, match=r"two\.parquet has two labels of a#0, ant and cow; leave one"):
+        labelled_by(made, tmp_path / "two.parquet", two)
+
+
 def test_another_model_s_output_is_no_reference(made, tmp_path):
     other = make(tmp_path / "other", 60)
     path = tmp_path / "other" / "fingerprint.json"
