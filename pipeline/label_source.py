@@ -46,7 +46,7 @@ def open_labels(named: str, fingerprint: Fingerprint, output: Storage) -> LabelS
     if named not in metadata:
         has = f"its metadata columns: {', '.join(metadata)}" if metadata else "it has no metadata columns"
         raise InputError(f"--labels: the output has no column {named} ({has}); {_HOW}")
-    return LabelSource((named,), lambda table: _text(table.column(named)))
+    return LabelSource((named,), lambda table: _text(table.column(named), f"column {named}"))
 
 
 def _of_file(file: Storage) -> LabelSource:
@@ -58,6 +58,9 @@ def _of_file(file: Storage) -> LabelSource:
             f"--labels: {uri} has no column {' and no column '.join(missing)}; it has "
             f"{', '.join(table.column_names)}"
         )
+    twice = [name for name in (IMAGE_ID, LABEL) if table.column_names.count(name) > 1]
+    if twice:
+        raise InputError(f"--labels: {uri} has several columns {' and '.join(twice)}; keep one of each")
     known = _by_id(table, uri)
 
     def labels_of(rows: pa.Table) -> pa.Array:
@@ -68,8 +71,8 @@ def _of_file(file: Storage) -> LabelSource:
 
 def _by_id(table: pa.Table, uri: str) -> dict[str, str]:
     """The label of each image that has one. Raises InputError where an image has two."""
-    ids = _text(table.column(IMAGE_ID))
-    labels = _text(table.column(LABEL)).dictionary_encode()
+    ids = _text(table.column(IMAGE_ID), f"{uri}, column {IMAGE_ID}")
+    labels = _text(table.column(LABEL), f"{uri}, column {LABEL}").dictionary_encode()
     names = labels.dictionary.to_pylist()  # each a single object, however many images have it
     known: dict[str, str] = {}
     for image_id, number in zip(ids.to_pylist(), labels.indices.to_pylist(), strict=True):
@@ -114,10 +117,19 @@ def _folders(keys: pa.ChunkedArray) -> pa.Array:
     return pa.array(found, pa.string())
 
 
-def _text(values: pa.ChunkedArray) -> pa.Array:
-    """Labels as text, without blanks around them; null where nothing is left."""
+def _text(values: pa.ChunkedArray, where: str) -> pa.Array:
+    """Labels as text, without blanks around them; null where nothing is left.
+
+    Raises InputError for lists, structs and bytes that are no text.
+    """
     values = values.combine_chunks()
     if pa.types.is_dictionary(values.type):
         values = values.dictionary_decode()
-    trimmed = pc.utf8_trim_whitespace(values.cast(pa.string()))
-    return pc.if_else(pc.equal(trimmed, ""), None, trimmed)
+    try:
+        trimmed = pc.utf8_trim_whitespace(values.cast(pa.string()))
+    except pa.ArrowException as error:
+        raise InputError(
+            f"--labels: {where} holds {values.type} ({error}); labels and ids are numbers or UTF-8 text"
+        ) from error
+    nothing = ["", "nan"] if pa.types.is_floating(values.type) else [""]
+    return pc.if_else(pc.is_in(trimmed, value_set=pa.array(nothing)), None, trimmed)

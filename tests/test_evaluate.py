@@ -415,6 +415,28 @@ def test_a_file_that_labels_an_image_twice_is_refused_unless_both_agree(made, tm
         labelled_by(made, tmp_path / "two.parquet", two)
 
 
+@pytest.mark.parametrize(
+    ("kind", "labels"),
+    [("list", [["ant"], ["bee"]]), ("struct", [{"name": "ant"}, None]), ("binary", [b"\xff\xfe", b"ant"])],
+)
+def test_a_column_that_is_no_text_is_refused_by_its_name_and_type(made, tmp_path, kind, labels):
+    table = pa.table({"image_id": ["a#0", "a#1"], "label": labels})
+    with pytest.raises(InputError, match=rf"x\.parquet, column label holds {kind}"):
+        labelled_by(made, tmp_path / "x.parquet", table)
+
+
+def test_two_columns_of_labels_are_refused(made, tmp_path):
+    (tmp_path / "x.csv").write_text("image_id,label,label\na#0,ant,bee\n")
+    with pytest.raises(InputError, match=r"x\.csv has several columns label; keep one of each"):
+        judged(made, str(tmp_path / "x.csv"))
+
+
+def test_a_number_that_is_missing_is_no_label(made, tmp_path):
+    table = pa.table({"image_id": ["a#0", "a#1", "a#2"], "label": [0.0, float("nan"), 2.0]})
+    values = labelled_by(made, tmp_path / "x.parquet", table)
+    assert (values["labelled"], values["classes"]) == (2, ["0", "2"])
+
+
 def test_another_model_s_output_is_no_reference(made, tmp_path):
     other = make(tmp_path / "other", 60)
     path = tmp_path / "other" / "fingerprint.json"
