@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import BinaryIO
 
 import pyarrow as pa
 import pyarrow.compute as pc
@@ -94,10 +95,21 @@ def _read(file: Storage) -> pa.Table:
                 text = dict.fromkeys((IMAGE_ID, LABEL), pa.string())
                 return pa_csv.read_csv(stream, convert_options=pa_csv.ConvertOptions(column_types=text))
             if kind.endswith((".jsonl", ".ndjson")):
-                return pa_json.read_json(stream)
+                return _read_json(stream)
             return pq.read_table(stream)
     except (pa.ArrowException, *storage_errors()) as error:
         raise InputError(f"--labels: cannot read {file.uri}: {error}; {_HOW}") from error
+
+
+def _read_json(stream: BinaryIO) -> pa.Table:
+    """JSON lines; ids and labels that look like a time are the text that they are."""
+    table = pa_json.read_json(stream)
+    fields = [field for field in table.schema if field.name in (IMAGE_ID, LABEL)]
+    times = [pa.field(field.name, pa.string()) for field in fields if pa.types.is_timestamp(field.type)]
+    if not times:
+        return table
+    stream.seek(0)
+    return pa_json.read_json(stream, parse_options=pa_json.ParseOptions(explicit_schema=pa.schema(times)))
 
 
 def _folders(keys: pa.ChunkedArray) -> pa.Array:

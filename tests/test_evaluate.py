@@ -431,6 +431,23 @@ def test_two_columns_of_labels_are_refused(made, tmp_path):
         judged(made, str(tmp_path / "x.csv"))
 
 
+@pytest.mark.parametrize(
+    ("labels", "classes"),
+    [(["2020-05-05", "2021-05-05 10:00:00"], None), ([3, 0], ["0", "3"]), (["2020-05-05", "fox"], None)],
+)
+def test_json_lines_are_not_read_as_times(tmp_path, labels, classes):
+    output = empty_output(tmp_path / "out")
+    ids = ["2020-01-01", "2020-01-02"]
+    commit_vectors(output, "a", np.eye(2, DIM, dtype=np.float32), image_ids=ids)
+    build_index(output)
+    rows = [{"image_id": it, "label": label} for it, label in zip(ids, labels, strict=True)]
+    path = tmp_path / "labels.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    values = evaluate(output, open_labels(str(path), require_fingerprint(output), output), None)
+    assert values["classes"] == (classes or sorted(labels))
+    assert values["labelled"] == 2
+
+
 def test_a_number_that_is_missing_is_no_label(made, tmp_path):
     table = pa.table({"image_id": ["a#0", "a#1", "a#2"], "label": [0.0, float("nan"), 2.0]})
     values = labelled_by(made, tmp_path / "x.parquet", table)
