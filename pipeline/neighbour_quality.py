@@ -141,12 +141,18 @@ def vote_weights(neighbours: Ids, scores: Vectors) -> Vectors:
 
 
 def _vote(neighbours: Ids, scores: Vectors) -> Ids:
-    """The class with the most votes, by `vote_weights`; NO_CLASS without any."""
-    weights = vote_weights(neighbours, scores)
-    votes = np.zeros((len(neighbours), int(neighbours.max(initial=0)) + 1))
-    for column in range(neighbours.shape[1]):
-        np.add.at(votes, (np.arange(len(votes)), np.maximum(neighbours[:, column], 0)), weights[:, column])
-    return np.where(votes.any(axis=1), votes.argmax(axis=1), NO_CLASS).astype(np.int32)
+    """The class with the most votes, by `vote_weights`; NO_CLASS without any.
+
+    Only the classes of a row's own neighbours are counted: there may be as many classes as images.
+    """
+    rows = np.arange(len(neighbours))[:, None]
+    order = np.argsort(neighbours, axis=1, kind="stable")
+    classes = neighbours[rows, order]
+    number = np.cumsum(np.diff(classes, axis=1, prepend=classes[:, :1]) != 0, axis=1)  # within the row
+    votes = np.zeros(classes.shape)
+    np.add.at(votes, (rows, number), vote_weights(neighbours, scores)[rows, order])
+    most = np.argmax(number == votes.argmax(axis=1)[:, None], axis=1)
+    return np.where(votes.any(axis=1), classes[rows[:, 0], most], NO_CLASS).astype(np.int32)
 
 
 def _precision(relevant: Matrix, there: Numbers) -> Floats:

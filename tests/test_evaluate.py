@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import tracemalloc
 from pathlib import Path
 from typing import NamedTuple
 
@@ -253,6 +254,17 @@ def test_where_all_are_labelled_the_index_is_searched_without_a_filter(tmp_path,
     assert filters.pop() is None
     judged(made[1])
     assert filters.pop().sum() == 59
+
+
+def test_many_classes_need_no_room_for_a_vote_of_each(tmp_path):
+    made = random_output(tmp_path / "out", [f"person {n % 4000}" for n in range(4000)])
+    tracemalloc.start()
+    try:
+        judged(made, most_queries=2000)
+        _, peak = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    assert peak < 2000 * 4000 * 4  # half of a vote of each, in float64
 
 
 def test_what_the_index_lacks_is_nobody_s_neighbour_and_told(tmp_path, caplog):
