@@ -53,12 +53,15 @@ def page(
 
 
 def curves(
-    xs: Sequence[float], lines: Mapping[str, Sequence[float]], unit: str, *, percent: bool = False
+    xs: Sequence[float], lines: Mapping[str, Sequence[float | None]], unit: str, *, percent: bool = False
 ) -> str:
-    """Lines over one axis from zero, with a legend; `unit` names what is counted along the x axis."""
+    """Lines over one axis from zero, with a legend; `unit` names what is counted along the x axis.
+
+    A line has a gap where its value is None.
+    """
     if not xs:
         return ""
-    step, top = axis(max(max(values) for values in lines.values()) or 1e-3)
+    step, top = axis(max((y for ys in lines.values() for y in ys if y is not None), default=0) or 1e-3)
     left, right = 0.0, max(xs)
     grid = "".join(
         f'<i class="grid" style="bottom:{100 * n * step / top:.2f}%"><b>{_value(n * step, percent)}</b></i>'
@@ -69,12 +72,9 @@ def curves(
         f'<i class="time" style="left:{100 * n * every / right:.2f}%"><b>{tick(n * every)}</b></i>'
         for n in range(int(right / every + 1e-9) + 1)
     )
-    paths = [
-        " L".join(f"{100 * x / right:.3f} {100 - 100 * y / top:.3f}" for x, y in zip(xs, ys, strict=True))
-        for ys in lines.values()
-    ]
+    paths = [_path([x / right for x in xs], ys, top) for ys in lines.values()]
     drawn = "".join(
-        f'<path class="curve" style="stroke:var({_COLOURS[n % len(_COLOURS)]})" d="M{path}"/>'
+        f'<path class="curve" style="stroke:var({_COLOURS[n % len(_COLOURS)]})" d="{path}"/>'
         for n, path in enumerate(paths)
     )
     legend = "".join(
@@ -87,6 +87,16 @@ def curves(
         f'<svg viewBox="0 0 100 100" preserveAspectRatio="none">{drawn}</svg></div>'
         f'<p class="legend">{legend}<span>over {safe(unit)}</span></p>'
     )
+
+
+def _path(xs: Sequence[float], ys: Sequence[float | None], top: float) -> str:
+    """A line through the points, `xs` being shares of the width; it begins anew after a gap."""
+    points, begins = [], "M"
+    for x, y in zip(xs, ys, strict=True):
+        if y is not None:
+            points.append(f"{begins}{100 * x:.3f} {100 - 100 * y / top:.3f}")
+        begins = "M" if y is None else "L"
+    return " ".join(points)
 
 
 def confusion_matrix(
@@ -149,7 +159,9 @@ def calibration_bars(bins: Sequence[Sequence[float]]) -> str:
     return "".join(rows)
 
 
-def _value(number: float, percent: bool) -> str:
+def _value(number: float | None, percent: bool) -> str:
+    if number is None:
+        return "–"
     return f"{number:.0%}" if percent else tick(number)
 
 

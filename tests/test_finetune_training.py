@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import math
 import os
 import shutil
 import subprocess
@@ -18,7 +20,7 @@ from ray.train import WorkerGroupError
 from ray.train.v2._internal.exceptions import WorkerHealthCheckFailedError
 
 from cvt_model.checkpoint import resolve_checkpoint
-from pipeline.errors import ConfigError, OutputError, StorageError, WorkersDiedError
+from pipeline.errors import ConfigError, LimitError, OutputError, StorageError, WorkersDiedError
 from pipeline.finetune.fit import in_words
 from pipeline.finetune.job import check_batch, place_workers
 from pipeline.finetune.network import find_start
@@ -139,6 +141,34 @@ def test_a_state_that_is_not_whole_is_passed_over(undisturbed, tmp_path):
     assert state[0].step < job.schedule.total_steps
 
 
+def test_a_training_that_diverges_ends_in_words_and_keeps_what_was_before(undisturbed, images, tmp_path):
+    _, training = undisturbed
+    job = small_job(small_config(images, tmp_path / "out"))
+
+    def spoil(it):
+        if it.progress.step == 8:  # in the second epoch
+            for parameter in it.model.parameters():
+                parameter.data.fill_(math.nan)
+        return "save" if it.progress.step == 7 else "go"
+
+    with pytest.raises(
+        LimitError, match=r"loss is not finite at epoch 2.*lower train\.learning_rate.*delete"
+    ):
+        train(job, command=spoil)
+    facts, weights, _ = read_best(job.output)
+    assert facts["step"] == training.progress.history[0]["step"]
+    assert all(value.isfinite().all() for value in weights.values())
+    assert curve(train(job)) == curve(training), "the newest state is from before"
+
+
+def test_a_state_that_is_not_finite_is_not_kept(images, tmp_path):
+    section = {"learning_rate": 1e9, "warmup_epochs": 0, "clip_grad_norm": None}
+    job = small_job(small_config(images, tmp_path / "out", train=section))
+    with pytest.raises(LimitError, match="loss is not finite at epoch 0"):
+        train(job, command=lambda it: "save" if it.progress.step == 4 else "go")
+    assert read_state(job.output, job.digest) is None
+
+
 def test_another_training_s_state_is_refused(undisturbed, images):
     job, _ = undisturbed
     other = small_job(small_config(images, Path(job.output.uri), train={"learning_rate": 1e-3}))
@@ -171,6 +201,23 @@ def test_best_and_last_are_kept_as_checkpoints_with_the_classes(undisturbed):
         assert checkpoint.processor == job.start.processor
         for name, value in checkpoint.load().state_dict().items():
             torch.testing.assert_close(value, weights[name])
+
+
+def test_a_curve_with_a_gap_is_shown_and_written_as_null(undisturbed, tmp_path):
+    """As earlier versions left it, which went on where a loss was not finite."""
+    shutil.copytree(undisturbed[0].output.uri, tmp_path / "out")
+    job = replace(undisturbed[0], output=Storage(str(tmp_path / "out")))
+    progress, tensors = read_state(job.output, job.digest)
+    progress.history[1]["train_loss"] = progress.history[-1]["validation_loss"] = math.nan
+    write_state(job.output, progress, tensors)
+    write_results(job, Found(list(job.classes)), "asked")
+    text = (tmp_path / "out" / "metrics.json").read_text()
+    history = json.loads(text, parse_constant=pytest.fail)["history"]
+    assert history[1]["train_loss"] is history[-1]["validation_loss"] is None
+    page = (tmp_path / "out" / "training.html").read_text()
+    assert page.count('class="curve"') == 5
+    assert "validation loss –" in page
+    assert "nan" not in page
 
 
 def test_the_best_mixture_with_the_checkpoint_s_weights_is_kept(undisturbed, images, tmp_path):

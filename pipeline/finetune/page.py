@@ -14,7 +14,7 @@ def training_page(metrics: dict[str, Any]) -> str:
     history = metrics["history"]
     epochs = [row["epoch"] for row in history]
 
-    def column(name: str) -> list[float]:
+    def column(name: str) -> list[float | None]:
         return [row[name] for row in history]
 
     accuracy = {
@@ -47,7 +47,7 @@ def training_page(metrics: dict[str, Any]) -> str:
         section("Network and data", _facts(metrics)),
         section("Configuration", configuration(metrics["config"])),
     )
-    speed = rate(sum(column("images_per_s")) / max(1, len(history)))
+    speed = rate(sum(row["images_per_s"] for row in history) / max(1, len(history)))
     tiles = (
         (
             "accuracy",

@@ -7,6 +7,7 @@ and a model card in the output itself, the last weights in `last/`, `metrics.jso
 from __future__ import annotations
 
 import json
+import math
 import tempfile
 import time
 from pathlib import Path
@@ -59,6 +60,11 @@ def write_results(job: Job, found: Found, asked: str) -> dict[str, Any]:
     return metrics
 
 
+def _finite(row: dict[str, float]) -> dict[str, float | None]:
+    """A row of the curve as JSON can hold it; earlier versions went on where a loss was not finite."""
+    return {name: value if math.isfinite(value) else None for name, value in row.items()}
+
+
 def _write_model(job: Job, state: Tensors, folder: str) -> CvtForImageClassification:
     """Write the network with these weights in the Hub's layout, and return it; each file appears whole."""
     model = CvtForImageClassification(with_classes(job.start.config, job.classes))
@@ -101,7 +107,7 @@ def _metrics(
         "classes": list(job.classes),
         "per_class": per_class(labels, classes, job.classes),
         "confusion": confusion(labels, classes, len(job.classes)),
-        "history": progress.history,
+        "history": [_finite(row) for row in progress.history],
         "precision": job.precision,
         "pixels": job.start.pixels,
         "from": config.model.checkpoint or None,

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import math
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -18,6 +19,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from pipeline.errors import LimitError
 from pipeline.finetune.augment import Augmentation
 from pipeline.finetune.batches import Batch, Loader, Order
 from pipeline.finetune.config import FinetuneConfig
@@ -36,6 +38,7 @@ from pipeline.finetune.recipe import (
 )
 from pipeline.finetune.sample_set import SampleSet
 from pipeline.finetune.state import (
+    FOLDER,
     INTERPOLATED,
     Progress,
     Sums,
@@ -178,8 +181,12 @@ class Training:
         }
 
     def save(self) -> None:
-        """Write the state; all workers take part, the first one writes."""
+        """Write the state; all workers take part, the first one writes.
+
+        Raises LimitError where the training has diverged: what is there already is worth more.
+        """
         self._settle()
+        self._check_finite(self.progress.sums.loss)
         if self._share.rank == 0:
             write_state(self._job.output, self.progress, self._tensors())
 
@@ -241,10 +248,14 @@ class Training:
         return whole or step + 1 == self._job.schedule.total_steps
 
     def _evaluate(self, rate: float) -> None:
-        """Judge the weights that would be kept, add to the curve, keep them where they are the best yet."""
+        """Judge the weights that would be kept, add to the curve, keep them where they are the best yet.
+
+        Raises LimitError where the training has diverged.
+        """
         self._settle()
         verdict = self._judged(self.kept_state())
         progress, sums = self.progress, self.progress.sums
+        self._check_finite(sums.loss, verdict.loss)
         progress.history.append(
             {
                 "epoch": round(self._job.epochs_after(progress.step), 4),
@@ -268,6 +279,19 @@ class Training:
         if patience is not None:
             waited = self._job.epochs_after(progress.step - progress.best_step)
             progress.finished = waited >= patience
+
+    def _check_finite(self, *losses: float) -> None:
+        """Raise LimitError where a loss or a weight is not finite: no step leads back from there."""
+        weights = self.model.state_dict().values()
+        if all(map(math.isfinite, losses)) and all(bool(it.isfinite().all()) for it in weights):
+            return
+        epoch = self._job.epochs_after(self.progress.step)
+        best = ", where the best weights until then are" if self.progress.history else ""
+        raise LimitError(
+            f"the loss is not finite at epoch {epoch:.4g}: the training has diverged; "
+            "lower train.learning_rate, or set or lower train.clip_grad_norm, and choose another output, "
+            f"or delete {self._job.output.url(FOLDER)}{best}"
+        )
 
     def _judged(self, state: Tensors) -> Verdict:
         """What the network with these weights says of the validation images."""
