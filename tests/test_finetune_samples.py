@@ -22,6 +22,7 @@ from tests.labelled_images import (
     CLASSES,
     NETWORK,
     PREPROCESSING,
+    picture,
     pictures,
     write_folders,
     write_parquet,
@@ -103,6 +104,24 @@ def test_what_was_prepared_is_not_prepared_again(tmp_path, monkeypatch):
     prepared(config)
     monkeypatch.setattr("pipeline.finetune.sources.prepare_shard", lambda *_: pytest.fail("again"))
     prepared(config)
+
+
+@pytest.mark.parametrize(
+    ("limit", "low", "high"), [("max_pixels", 1000, 9000), ("max_image_bytes", 3000, 30_000)]
+)
+def test_a_limit_that_is_another_now_decides_anew(tmp_path, monkeypatch, limit, low, high):
+    folder = write_folders(tmp_path / "in", 30)
+    picture(CLASSES[0], np.random.default_rng(0)).resize((60, 60)).save(folder / "rows" / "large.png")
+
+    def num_rejects(limits):
+        return prepared(configure(folder, tmp_path / "out", limits=limits))[0].rejects.total()
+
+    assert num_rejects({limit: low}) == 1
+    assert num_rejects({limit: high}) == 0
+    assert num_rejects({limit: low}) == 1, "or the training would meet it"
+    assert num_rejects({limit: high}) == 0
+    monkeypatch.setattr("pipeline.finetune.sources.prepare_shard", lambda *_: pytest.fail("again"))
+    assert num_rejects({limit: 2 * high}) == 0
 
 
 def test_images_that_cannot_be_used_are_counted_and_left_out(tmp_path, caplog):

@@ -66,6 +66,15 @@ class Preparation:
         )
         return hashlib.sha256(repr(parts).encode()).hexdigest()
 
+    @property
+    def limits(self) -> dict[str, float]:
+        """What an image may cost, by the reason for which one that costs more is left out."""
+        return {
+            "too_many_pixels": self.decode.max_pixels,
+            "too_large": self.read.max_image_bytes,
+            "timeout": self.decode.image_timeout_s,
+        }
+
 
 @dataclass
 class ShardFacts:
@@ -74,12 +83,19 @@ class ShardFacts:
     files: dict[str, FileRef] = field(default_factory=dict)
     rejects: dict[str, int] = field(default_factory=dict)  # by reason
     examples: list[str] = field(default_factory=list)
+    limits: dict[str, float] = field(default_factory=dict)  # by reason; an earlier version's are not known
 
     @classmethod
     def from_json(cls, text: bytes) -> ShardFacts:
         values = json.loads(text)
         files = {part: FileRef(**file) for part, file in values["files"].items()}
-        return cls(files, values["rejects"], values["examples"])
+        return cls(files, values["rejects"], values["examples"], values.get("limits", {}))
+
+    def hold_under(self, limits: dict[str, float]) -> bool:
+        """Whether these limits leave out the same: none is lower, none that left images out is higher."""
+        lower = any(limit < self.limits.get(reason, limit) for reason, limit in limits.items())
+        changed = {reason for reason, limit in limits.items() if self.limits.get(reason) != limit}
+        return not lower and changed.isdisjoint(self.rejects)
 
 
 def index_path(stem: str) -> str:
@@ -88,7 +104,11 @@ def index_path(stem: str) -> str:
 
 
 def prepare_shard(work: Work, preparation: Preparation, output: Storage) -> str | None:
-    """Write a shard's samples, its index last; returns why the shard is not readable, where it is not."""
+    """Write a shard's samples, its index last; returns why the shard is not readable, where it is not.
+
+    An earlier index goes first, so that none ever stands for files that are written anew.
+    """
+    output.delete(index_path(work.stem))
     try:
         with ExitStack() as stack:
             writer = _ShardWriter(work.stem, preparation, output, stack)
@@ -112,6 +132,13 @@ def read_index(output: Storage, stem: str) -> tuple[pa.Table, ShardFacts]:
     return table, ShardFacts.from_json(table.schema.metadata[_FACTS])
 
 
+def is_prepared(output: Storage, stem: str, preparation: Preparation) -> bool:
+    """Whether a shard that has an index would come to the same under the limits of now."""
+    with output.open(index_path(stem)) as file:
+        facts = ShardFacts.from_json(pq.read_schema(file).metadata[_FACTS])
+    return facts.hold_under(preparation.limits)
+
+
 class _ShardWriter:
     """Takes a shard's chunks, writes their images, and gathers ids and labels until its end.
 
@@ -122,7 +149,7 @@ class _ShardWriter:
         self._stem, self._preparation = stem, preparation
         self._output, self._stack = output, stack
         self._files: dict[Part, tuple[str, Path, Any]] = {}
-        self._facts = ShardFacts()
+        self._facts = ShardFacts(limits=preparation.limits)
         self._ids: list[str] = []
         self._labels: list[str | None] = []
         self._parts: list[Part] = []

@@ -24,6 +24,7 @@ from pipeline.finetune.samples import (
     Part,
     Preparation,
     index_path,
+    is_prepared,
     prepare_shard,
     read_index,
 )
@@ -111,9 +112,12 @@ def prepare(
 
     Raises LimitError for too many rejects, InputError where nothing is left to learn from.
     """
-    done = {file.path for file in output.find(FOLDER)}
+    there = {file.path for file in output.find(FOLDER)}
     todo = [
-        (source, work) for source in sources for work in source.work if index_path(work.stem) not in done
+        (source, work)
+        for source in sources
+        for work in source.work
+        if index_path(work.stem) not in there or not is_prepared(output, work.stem, source.preparation)
     ]
     total = sum(len(source.work) for source in sources)
     failed: dict[str, str] = {}
