@@ -22,11 +22,12 @@ from ray.train.v2._internal.exceptions import WorkerHealthCheckFailedError
 from cvt_model.checkpoint import resolve_checkpoint
 from pipeline.errors import ConfigError, LimitError, OutputError, StorageError, WorkersDiedError
 from pipeline.finetune.fit import in_words
-from pipeline.finetune.job import check_batch, place_workers
-from pipeline.finetune.network import find_start
+from pipeline.finetune.job import check_batch, finetune, place_workers
+from pipeline.finetune.network import check_apart, find_start
 from pipeline.finetune.results import write_results
 from pipeline.finetune.sources import Found
 from pipeline.finetune.state import Progress, read_best, read_state, write_state
+from pipeline.stop import Stop
 from pipeline.storage import Storage
 from tests.labelled_images import NETWORK, PREPROCESSING, write_folders
 from tests.s3_server import free_port
@@ -268,6 +269,20 @@ def test_weights_of_other_classes_are_not_mixed(undisturbed, images, tmp_path):
         small_job(config)
     with pytest.raises(ValueError, match=r"train\.interpolate: needs model\.checkpoint"):
         small_config(images, tmp_path / "out", train=section)
+
+
+@pytest.mark.parametrize("place", ["", "last", "last/model.safetensors", "../link"])
+def test_what_it_begins_with_is_not_overwritten(undisturbed, images, tmp_path, place):
+    output = tmp_path / "out"
+    shutil.copytree(undisturbed[0].output.uri, output)
+    first = replace(undisturbed[0], output=Storage(str(output)))
+    write_results(first, Found(list(first.classes)), "asked")
+    (tmp_path / "link").symlink_to(output)
+    config = small_config(images, output, model={"checkpoint": str(output / place)})
+    with pytest.raises(ConfigError, match=r"output\.uri: .* holds model\.checkpoint"):
+        finetune(config, stop=Stop(), on_progress=pytest.fail)
+    config = small_config(images, output / "next", model={"checkpoint": str(output / place)})
+    check_apart(find_start(config.model), Storage(config.output.uri))
 
 
 def test_a_frozen_backbone_stays_as_it_was_and_parts_of_a_batch_are_one_batch(images, tmp_path):

@@ -17,7 +17,7 @@ from cvt_model.choices import Precision, resolve_precision
 from pipeline.errors import ConfigError
 from pipeline.finetune.config import FinetuneConfig
 from pipeline.finetune.metrics import read_metrics
-from pipeline.finetune.network import Start, find_start
+from pipeline.finetune.network import Start, check_apart, find_start
 from pipeline.finetune.sample_set import open_samples
 from pipeline.finetune.samples import FOLDER as SAMPLES
 from pipeline.finetune.sources import Found, LabelledShards, list_sources, prepare, stems_of
@@ -59,6 +59,7 @@ def finetune(
     """
     output = Storage(config.output.uri, config.options_of(config.output))
     start = find_start(config.model)
+    check_apart(start, output)
     output.check_reachable()
     sources = list_sources(config, start.processor, output)
     output.check_writable()

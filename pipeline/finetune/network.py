@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 
@@ -19,6 +20,9 @@ from cvt_model.model import CvtForImageClassification
 from pipeline.errors import ConfigError
 from pipeline.finetune.augment import pixels_of
 from pipeline.finetune.config import NetworkConfig
+from pipeline.storage import Storage
+
+LAST = "last"  # the folder of the last weights, in that of the best
 
 
 @dataclass(frozen=True)
@@ -97,6 +101,19 @@ def find_start(model: NetworkConfig) -> Start:
         raise ConfigError(f"model: the network takes {config.num_channels} channels; images here have 3")
     local = checkpoint is None and model.initialization == "attend_to_self"
     return Start(checkpoint, config, processor, local)
+
+
+def check_apart(start: Start, output: Storage) -> None:
+    """The files that a training begins with are none that it writes. Raises ConfigError."""
+    if start.checkpoint is None or not output.is_local:
+        return
+    read = {file.parent.resolve() for file in start.checkpoint.weight_files}
+    written = {Path(output.path(folder)).resolve() for folder in ("", LAST)}
+    if read & written:
+        raise ConfigError(
+            f"output.uri: {output.uri} holds model.checkpoint, which the trained network would replace; "
+            "choose another folder"
+        )
 
 
 def with_classes(config: CvtConfig, classes: Sequence[str]) -> CvtConfig:

@@ -18,7 +18,7 @@ from cvt_model.save import save_checkpoint
 from pipeline.errors import OutputError
 from pipeline.finetune.metrics import METRICS
 from pipeline.finetune.model_card import model_card
-from pipeline.finetune.network import with_classes
+from pipeline.finetune.network import LAST, with_classes
 from pipeline.finetune.page import training_page
 from pipeline.finetune.sources import Found
 from pipeline.finetune.state import (
@@ -47,7 +47,7 @@ def write_results(job: Job, found: Found, asked: str) -> dict[str, Any]:
     progress, tensors = state
     facts, weights, said = read_best(job.output, INTERPOLATED if job.config.train.interpolate else BEST)
     averaged = without_prefix("average/", tensors) or without_prefix("model/", tensors)
-    _write_model(job, averaged, "last/")
+    _write_model(job, averaged, f"{LAST}/")
     kept = _write_model(job, weights, "")
     metrics = {
         **_metrics(job, found, progress, facts, said),
