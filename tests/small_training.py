@@ -10,17 +10,19 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 import torch.distributed as dist
 
 from pipeline.finetune.config import FinetuneConfig
-from pipeline.finetune.job import choose_precision, make_job
+from pipeline.finetune.job import Trained, choose_precision, finetune, make_job
 from pipeline.finetune.network import find_start
 from pipeline.finetune.sources import list_sources, prepare
 from pipeline.finetune.together import Share
 from pipeline.finetune.training import Command, Job, Training
-from pipeline.index.tasks import in_this_process
+from pipeline.index.tasks import Runner, in_this_process
 from pipeline.load_config import read_config
+from pipeline.stop import Stop
 from pipeline.storage import Storage
 from tests.labelled_images import NETWORK, PREPROCESSING
 
@@ -68,6 +70,30 @@ def train(
     batches = (loader.load(step, size) for step, size in training.steps())
     training.run(batches, command or (lambda _: "go"))
     return training
+
+
+class NoCluster:
+    """In the place of a cluster: a core of this process."""
+
+    num_gpus, cores = 0, 1
+
+    def __init__(self, *, verbose: bool) -> None:
+        pass
+
+    def tasks(self, number: int, what: str) -> Runner:
+        return in_this_process
+
+    def close(self) -> None:
+        pass
+
+
+def finetune_here(config: FinetuneConfig, monkeypatch: pytest.MonkeyPatch) -> Trained:
+    """What the command does, in this process."""
+    monkeypatch.setattr("pipeline.cluster.Cluster", NoCluster)
+    monkeypatch.setattr("pipeline.finetune.fit.fit", lambda job, placement, stop, told: train(job))
+    stop = Stop()
+    monkeypatch.setattr(stop, "install", lambda: None)  # signals stay pytest's
+    return finetune(config, stop=stop, on_progress=lambda values: None)
 
 
 def _worker(config: Path, rank: int, num_workers: int, port: int) -> None:

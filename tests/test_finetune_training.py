@@ -22,16 +22,15 @@ from ray.train.v2._internal.exceptions import WorkerHealthCheckFailedError
 from cvt_model.checkpoint import resolve_checkpoint
 from pipeline.errors import ConfigError, LimitError, OutputError, StorageError, WorkersDiedError
 from pipeline.finetune.fit import in_words
-from pipeline.finetune.job import check_batch, finetune, place_workers
+from pipeline.finetune.job import check_batch, place_workers
 from pipeline.finetune.network import check_apart, find_start
 from pipeline.finetune.results import write_results
 from pipeline.finetune.sources import Found
-from pipeline.finetune.state import Progress, read_best, read_state, write_state
-from pipeline.stop import Stop
+from pipeline.finetune.state import Progress, check_state, read_best, read_state, write_state
 from pipeline.storage import Storage
 from tests.labelled_images import NETWORK, PREPROCESSING, write_folders
 from tests.s3_server import free_port
-from tests.small_training import small_config, small_job, train
+from tests.small_training import finetune_here, small_config, small_job, train
 
 ROOT = Path(__file__).parent.parent
 CLOCKS = ("seconds", "images_per_s")
@@ -178,6 +177,29 @@ def test_another_training_s_state_is_refused(undisturbed, images):
         train(other)
 
 
+def test_another_training_is_told_before_anything_is_done_for_it(
+    undisturbed, images, tmp_path, monkeypatch
+):
+    job, _ = undisturbed
+    shutil.copytree(job.output.uri, tmp_path / "out")
+    monkeypatch.setattr("tests.small_training.train", lambda _: pytest.fail("workers were started"))
+    more = write_folders(tmp_path / "in", 60)
+    with pytest.raises(OutputError, match="holds another training"):
+        finetune_here(small_config(more, tmp_path / "out"), monkeypatch)
+    monkeypatch.setattr("pipeline.finetune.job.prepare", lambda *_: pytest.fail("images were read"))
+    with pytest.raises(OutputError, match="holds another training"):
+        finetune_here(small_config(more, tmp_path / "out", train={"learning_rate": 1e-4}), monkeypatch)
+
+
+def test_an_earlier_version_s_state_is_known_by_its_digest_alone(tmp_path):
+    output = Storage(str(tmp_path))
+    write_state(output, Progress("images and recipe"), {"x": torch.ones(1)})
+    check_state(output, "recipe")
+    check_state(output, "recipe", "images and recipe")
+    with pytest.raises(OutputError, match="holds another training"):
+        check_state(output, "recipe", "others")
+
+
 def test_images_that_are_only_copied_anew_are_the_same_training(undisturbed, images, tmp_path):
     job, _ = undisturbed
     shutil.copytree(images, tmp_path / "in")
@@ -272,7 +294,7 @@ def test_weights_of_other_classes_are_not_mixed(undisturbed, images, tmp_path):
 
 
 @pytest.mark.parametrize("place", ["", "last", "last/model.safetensors", "../link"])
-def test_what_it_begins_with_is_not_overwritten(undisturbed, images, tmp_path, place):
+def test_what_it_begins_with_is_not_overwritten(undisturbed, images, tmp_path, monkeypatch, place):
     output = tmp_path / "out"
     shutil.copytree(undisturbed[0].output.uri, output)
     first = replace(undisturbed[0], output=Storage(str(output)))
@@ -280,7 +302,7 @@ def test_what_it_begins_with_is_not_overwritten(undisturbed, images, tmp_path, p
     (tmp_path / "link").symlink_to(output)
     config = small_config(images, output, model={"checkpoint": str(output / place)})
     with pytest.raises(ConfigError, match=r"output\.uri: .* holds model\.checkpoint"):
-        finetune(config, stop=Stop(), on_progress=pytest.fail)
+        finetune_here(config, monkeypatch)
     config = small_config(images, output / "next", model={"checkpoint": str(output / place)})
     check_apart(find_start(config.model), Storage(config.output.uri))
 

@@ -21,6 +21,7 @@ from pipeline.finetune.network import Start, check_apart, find_start
 from pipeline.finetune.sample_set import open_samples
 from pipeline.finetune.samples import FOLDER as SAMPLES
 from pipeline.finetune.sources import Found, LabelledShards, list_sources, prepare, stems_of
+from pipeline.finetune.state import check_state
 from pipeline.lease import acquire
 from pipeline.stop import Stop
 from pipeline.storage import STAGING, Storage, unique_name
@@ -73,6 +74,7 @@ def finetune(
         if (finished := read_metrics(output)) is not None and finished["asked"] == asked:
             logger.info("this training is finished; for another one choose another output")
             return Trained(config.output.uri, finished)
+        check_state(output, _digest(_recipe(config, start)))
         from pipeline.cluster import Cluster  # Ray, which takes seconds to start
 
         cluster = Cluster(verbose=verbose)
@@ -88,6 +90,7 @@ def finetune(
         precision = choose_precision(config, on_gpu=placement.on_gpu)
         found = prepare(sources, output, cluster.tasks(cluster.cores, "preparing images"), config, prepared)
         job = make_job(config, start, sources, found, output, precision)
+        check_state(output, job.recipe, job.digest)
 
         def told(values: dict[str, Any]) -> None:
             lease.still_held()
@@ -166,8 +169,9 @@ def make_job(
     samples = open_samples(output, stems_of(sources, found), classes)
     train, validation = samples["train"], samples["validation"]
     images = train.digest, validation.digest
-    digest = _digest([images, classes, *_recipe(config, start), precision])
-    return Job(config, start, classes, train, validation, output, precision, digest)
+    recipe = _recipe(config, start)
+    digest = _digest([images, classes, *recipe, precision])
+    return Job(config, start, classes, train, validation, output, precision, digest, _digest(recipe))
 
 
 def _asked(config: FinetuneConfig, start: Start, sources: list[LabelledShards]) -> list[Any]:

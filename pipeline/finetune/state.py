@@ -18,7 +18,7 @@ from torch import Tensor
 
 from cvt_model.save import write_weights
 from pipeline.errors import OutputError
-from pipeline.storage import Storage
+from pipeline.storage import FileInfo, Storage
 
 FOLDER = "checkpoints"
 BEST = f"{FOLDER}/best.safetensors"
@@ -50,6 +50,7 @@ class Progress:
     seconds: float = 0.0  # of work, over all runs
     sums: Sums = field(default_factory=Sums)
     history: list[dict[str, float]] = field(default_factory=list)  # a row for each evaluation
+    recipe: str = ""  # digest of what is known of it before an image is read; an earlier version's is not
 
     def to_json(self) -> str:
         return json.dumps(asdict(self))
@@ -64,7 +65,17 @@ def write_state(output: Storage, progress: Progress, tensors: Tensors) -> None:
     """Put the state in place, whole; older ones go."""
     _write(output, f"{FOLDER}/step-{progress.step:09d}.safetensors", progress.to_json(), tensors)
     for older in _states(output)[:-KEPT]:
-        output.delete(older)
+        output.delete(older.path)
+
+
+def check_state(output: Storage, recipe: str, digest: str = "") -> None:
+    """Raise OutputError where the newest state is another training's, as far as it is known what ours is.
+
+    Reads the beginning of a file alone.
+    """
+    progress = _newest_progress(output)
+    if progress and (progress.recipe not in ("", recipe) or digest not in ("", progress.digest)):
+        raise _another_training(output)
 
 
 def read_state(output: Storage, digest: str) -> tuple[Progress, Tensors] | None:
@@ -72,17 +83,14 @@ def read_state(output: Storage, digest: str) -> tuple[Progress, Tensors] | None:
 
     Raises OutputError where the states are another training's.
     """
-    for path in reversed(_states(output)):
+    for file in reversed(_states(output)):
         try:
-            facts, tensors = _read(output, path)
+            facts, tensors = _read(output, file.path)
         except SafetensorError:  # a disk that lost what it had promised to keep
             continue
         progress = Progress.from_json(facts)
         if progress.digest != digest:
-            raise OutputError(
-                f"output.uri: {output.uri} holds another training (other images, network, recipe or seed); "
-                "choose another output, or delete this one to begin anew"
-            )
+            raise _another_training(output)
         return progress, tensors
     return None
 
@@ -127,8 +135,27 @@ def load_optimizer(optimizer: torch.optim.Optimizer, tensors: Tensors) -> None:
     optimizer.load_state_dict({**optimizer.state_dict(), "state": state})
 
 
-def _states(output: Storage) -> list[str]:
-    return [file.path for file in output.find(FOLDER) if file.path.startswith(f"{FOLDER}/step-")]
+def _states(output: Storage) -> list[FileInfo]:
+    return [file for file in output.find(FOLDER) if file.path.startswith(f"{FOLDER}/step-")]
+
+
+def _newest_progress(output: Storage) -> Progress | None:
+    """What the newest state with a readable header tells; None where there is none."""
+    for file in reversed(_states(output)):
+        num_bytes = min(file.size, int.from_bytes(output.read_range(file.path, 0, 8), "little"))
+        try:
+            header = json.loads(output.read_range(file.path, 8, num_bytes))
+            return Progress.from_json(header["__metadata__"][_FACTS])
+        except (ValueError, KeyError, TypeError):  # as in `read_state`
+            continue
+    return None
+
+
+def _another_training(output: Storage) -> OutputError:
+    return OutputError(
+        f"output.uri: {output.uri} holds another training (other images, network, recipe or seed); "
+        "choose another output, or delete this one to begin anew"
+    )
 
 
 def _write(output: Storage, path: str, facts: str, tensors: Tensors) -> None:

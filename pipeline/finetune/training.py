@@ -71,6 +71,7 @@ class Job:
     output: Storage
     precision: str
     digest: str
+    recipe: str  # digest of what is known of it before an image is read
 
     @property
     def schedule(self) -> Schedule:
@@ -111,7 +112,7 @@ class Training:
         )
         self._average = Average(self.model, self._config.ema_decay) if self._config.ema_decay else None
         self._scaler = torch.amp.GradScaler(device.type, enabled=job.precision == "float16")
-        self.progress = Progress(job.digest)
+        self.progress = Progress(job.digest, recipe=job.recipe)
         self._resume()
         self._parallel: nn.Module = self.model
         if share.num_workers > 1:
