@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import os
 import shutil
 import subprocess
 import sys
+import threading
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -15,18 +17,19 @@ from types import SimpleNamespace
 import pytest
 import torch
 import yaml
-from ray.exceptions import RayActorError
+from ray.exceptions import RayActorError, RayTaskError
 from ray.train import WorkerGroupError
 from ray.train.v2._internal.exceptions import WorkerHealthCheckFailedError
 
 from cvt_model.checkpoint import resolve_checkpoint
 from pipeline.errors import ConfigError, LimitError, OutputError, StorageError, WorkersDiedError
-from pipeline.finetune.fit import in_words
+from pipeline.finetune.fit import Placement, fit, in_words
 from pipeline.finetune.job import check_batch, place_workers
 from pipeline.finetune.network import check_apart, find_start
 from pipeline.finetune.results import write_results
 from pipeline.finetune.sources import Found
 from pipeline.finetune.state import Progress, check_state, read_best, read_state, write_state
+from pipeline.stop import Stop
 from pipeline.storage import Storage
 from tests.labelled_images import NETWORK, PREPROCESSING, write_folders
 from tests.s3_server import free_port
@@ -424,6 +427,49 @@ def test_what_ends_the_workers_is_told_in_words(undisturbed, cause, kind, messag
     error = in_words(WorkerGroupError(f"rank 0: {cause}", {0: cause}), undisturbed[0])
     assert type(error) is kind
     assert message in str(error)
+
+
+class Here:
+    """An actor in this process: calls are made at once, and what they give is its own reference."""
+
+    def __init__(self, kind):
+        self._it = kind()
+
+    def __getattr__(self, name):
+        return SimpleNamespace(remote=getattr(self._it, name))
+
+
+@pytest.mark.parametrize("raised_by", ["the worker", "a task of its"])
+def test_what_no_new_start_mends_ends_it_at_once_and_in_its_words(undisturbed, monkeypatch, raised_by):
+    error = StorageError("the disk is full")
+    if raised_by != "the worker":
+        error = RayTaskError("load", "a long traceback", error).as_instanceof_cause()
+    starts, others = [], threading.Event()
+
+    def fail(settings):
+        starts.append(settings)
+        raise error
+
+    class Trainer:
+        def __init__(self, work, *, train_loop_config, **_):
+            self._work, self._settings = work, train_loop_config
+
+        def fit(self):
+            for _ in range(3):
+                with contextlib.suppress(StorageError):
+                    self._work(self._settings)
+                    others.wait(60)  # for the worker that failed
+                    return
+
+    monkeypatch.setattr("ray.remote", lambda **_: lambda kind: SimpleNamespace(remote=lambda: Here(kind)))
+    monkeypatch.setattr("ray.get", lambda value: value)
+    monkeypatch.setattr("pipeline.finetune.fit._STOP_S", 0.1)
+    monkeypatch.setattr("pipeline.finetune.fit._train", fail)
+    monkeypatch.setattr("pipeline.finetune.fit.TorchTrainer", Trainer)
+    with pytest.raises(StorageError, match=r"^the disk is full$"):
+        fit(undisturbed[0], Placement(2, False, 1, 1), Stop(), lambda values: None)
+    others.set()
+    assert len(starts) == 1
 
 
 def test_float16_needs_a_gpu(images, tmp_path):

@@ -1,5 +1,6 @@
 """Ray Train around the training: workers that die are started again, and go on from the newest state.
 
+What no new start mends, an error of ours, is told to the driver, and ends it.
 Enters: a Job. Leaves: a finished training in the output, or a training that a signal stopped. What the
 workers do is in training.py; here is how they are placed, told to stop, and heard of.
 """
@@ -19,6 +20,7 @@ import ray
 import ray.train
 import torch
 import torch.distributed as dist
+from ray.exceptions import RayTaskError
 from ray.train.torch import TorchTrainer, get_device
 
 from pipeline.cluster import DEATHS
@@ -31,7 +33,9 @@ from pipeline.stop import Stop
 WORKER_CPUS = 0.2  # as Ray counts them; a worker takes the threads that it is given
 TELL_EVERY_S = 0.5
 _ASK_S = 0.2
-_STOP_S = 7.0  # for the state to be written after a signal; the process has 8 (pipeline/stop.py)
+_STOP_S = (
+    7.0  # for workers to end, their state written; after a signal the process has 8 (pipeline/stop.py)
+)
 
 logger = logging.getLogger(__name__)
 
@@ -47,18 +51,25 @@ class Placement:
 
 
 class Board:
-    """An actor on which the first worker writes how it stands, and reads whether it shall stop."""
+    """An actor on which the first worker writes how it stands, and reads whether it shall stop.
+
+    Any worker writes on it what no new start would mend: only the first such error is kept.
+    """
 
     def __init__(self) -> None:
         self._stop = False
         self._told: dict[str, Any] = {}
+        self._error: PipelineError | None = None
 
     def tell(self, values: dict[str, Any]) -> bool:
         self._told = values
         return self._stop
 
-    def read(self) -> dict[str, Any]:
-        return self._told
+    def fail(self, error: PipelineError) -> None:
+        self._error = self._error or error
+
+    def read(self) -> tuple[dict[str, Any], PipelineError | None]:
+        return self._told, self._error
 
     def stop(self) -> None:
         self._stop = True
@@ -88,16 +99,20 @@ def fit(job: Job, placement: Placement, stop: Stop, on_told: Callable[[dict[str,
         patience = None
         while thread.is_alive():
             thread.join(_ASK_S)
-            on_told(ray.get(board.read.remote()))
-            if stop.signum is not None and patience is None:
+            told, error = ray.get(board.read.remote())
+            on_told(told)
+            if (stop.signum is not None or error is not None) and patience is None:
                 board.stop.remote()
                 patience = time.monotonic() + _STOP_S
             if patience is not None and time.monotonic() > patience:
                 break
     stop.check()
-    for error in failures:
-        raise in_words(error, job) from error
-    on_told(ray.get(board.read.remote()))
+    told, error = ray.get(board.read.remote())
+    if error is not None:
+        raise error
+    for failure in failures:
+        raise in_words(failure, job) from failure
+    on_told(told)
 
 
 def _fit(trainer: TorchTrainer, failures: list[BaseException]) -> None:
@@ -137,7 +152,15 @@ def _causes(error: BaseException) -> Iterator[BaseException]:
 
 
 def _work(settings: dict[str, Any]) -> None:
-    """What a worker does."""
+    """What a worker does. An error of ours does not leave it: Ray Train would start it anew."""
+    try:
+        _train(settings)
+    except PipelineError as error:
+        cause = error.cause if isinstance(error, RayTaskError) else error  # without the task's traceback
+        ray.get(settings["board"].fail.remote(cause))
+
+
+def _train(settings: dict[str, Any]) -> None:
     job, placement, board = settings["job"], settings["placement"], settings["board"]
     context = ray.train.get_context()
     share = Share(context.get_world_rank(), context.get_world_size())
