@@ -47,12 +47,17 @@ def _constants(option: dict[str, Any]) -> list[Any]:
     return [option["const"]] if "const" in option else option.get("enum", [])
 
 
+def _range(option: dict[str, Any]) -> str:
+    upper = f" to {option['maximum']}" if "maximum" in option else ""
+    return f"from {option.get('minimum', 0)}{upper}"
+
+
 def _allowed(section: type[BaseModel], name: str, detail: Any) -> str:
     schema = section.model_json_schema()["properties"].get(name, {})
     alternatives = schema.get("anyOf", [schema])
     choices = [repr(value) for option in alternatives for value in _constants(option)]
     integers = [option for option in alternatives if option.get("type") == "integer"]
-    choices += [f"a whole number from {option.get('minimum', 0)}" for option in integers]
+    choices += [f"a whole number {_range(option)}" for option in integers]
     choices += ["a list of names" for option in alternatives if option.get("type") == "array"]
     description = schema.get("description", "")
     allowed = f"allowed: {', '.join(choices)}" if choices else str(detail["msg"]).lower()

@@ -13,7 +13,7 @@ from cvt_model.config import CvtConfig
 from cvt_model.initialization import SELF_LOGIT, attend_to_self
 from cvt_model.layers import DropPath
 from cvt_model.model import CvtForImageClassification, SelfAttention
-from pipeline.finetune.config import AugmentConfig, TrainConfig
+from pipeline.finetune.config import MOST_SEED, AugmentConfig, TrainConfig
 from pipeline.finetune.muon import Muon, orthogonal
 from pipeline.finetune.recipe import (
     NO_MIX,
@@ -26,6 +26,7 @@ from pipeline.finetune.recipe import (
     mixed_loss,
     set_rates,
 )
+from pipeline.finetune.together import Chances
 from tests.labelled_images import NETWORK
 
 
@@ -162,6 +163,11 @@ def test_attention_begins_at_the_token_itself():
     for name, value in state.items():
         if name.startswith("convolution_projection_query") and name.endswith("convolution.weight"):
             torch.testing.assert_close(value, state[name.replace("query", "key")])
+
+
+def test_the_largest_seed_gives_chances_at_any_step():
+    drawn = Chances(network(), TrainConfig(seed=MOST_SEED).seed).draw(step=10**12, batch_size=4)
+    assert drawn.shape == (1, 2, 4)
 
 
 def test_a_step_s_dropped_branches_can_be_repeated():

@@ -10,7 +10,7 @@ from pydantic import ValidationError
 
 from pipeline.config import Config, IndexConfig
 from pipeline.errors import ConfigError
-from pipeline.finetune.config import FinetuneConfig
+from pipeline.finetune.config import MOST_SEED, FinetuneConfig
 from pipeline.finetune.network import find_start
 from pipeline.load_config import load_config, load_section, read_config
 
@@ -84,6 +84,25 @@ def test_an_error_names_the_key_what_was_found_and_what_is_allowed(
 ) -> None:
     with pytest.raises(ConfigError, match=message):
         load(tmp_path, text)
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("train.epochs=.inf", r"train\.epochs: found inf; input should be a finite number"),
+        ("train.clip_grad_norm=.inf", r"train\.clip_grad_norm: found inf; input should be a finite"),
+        ("augment.ratio=[1, .inf]", r"augment\.ratio.*: found inf"),
+        (
+            "train.seed=1.0e+15",
+            rf"train\.seed: found .*; allowed: a whole number from 0 to {MOST_SEED} \(of",
+        ),
+    ],
+)
+def test_a_recipe_is_of_numbers_that_can_be_computed_with(tmp_path, override, message):
+    path = tmp_path / "c.yaml"
+    path.write_text(MINIMAL)
+    with pytest.raises(ConfigError, match=message):
+        read_config(FinetuneConfig, path, [override], environ={})
 
 
 def test_all_errors_are_told_at_once_a_line_each(tmp_path: Path) -> None:

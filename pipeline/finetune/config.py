@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import Field, model_validator
+from pydantic import ConfigDict, Field, model_validator
 
 from cvt_model.choices import Precision
 from cvt_model.config import CvtConfig
 from cvt_model.image_processor import CvtImageProcessor
 from pipeline.config import Destination, ImageLimits, RunConfig, Section, Source, StorageOptions
 
+MOST_SEED = 2**43 - 1  # a million times as much, and the steps, make a number of 64 bits (together.py)
 Probability = Annotated[float, Field(ge=0, le=1)]
 
 
@@ -70,7 +71,13 @@ class NetworkConfig(Section):
         return self
 
 
-class TrainConfig(Section):
+class Recipe(Section):
+    """A section that is arithmetic: its numbers are finite."""
+
+    model_config = ConfigDict(allow_inf_nan=False)
+
+
+class TrainConfig(Recipe):
     """The recipe; the defaults are the paper's, with a learning rate for fine-tuning."""
 
     epochs: float = Field(30, gt=0, description="passes over the training images")
@@ -107,10 +114,10 @@ class TrainConfig(Section):
     early_stop_epochs: float | None = Field(
         None, gt=0, description="end after so many without a better accuracy; null: never"
     )
-    seed: int = Field(0, ge=0, description="of weights, order and augmentation")
+    seed: int = Field(0, ge=0, le=MOST_SEED, description="of weights, order and augmentation")
 
 
-class AugmentConfig(Section):
+class AugmentConfig(Recipe):
     """What happens to a training image; drawn anew each time, by seed, step and place in the batch."""
 
     crop: Literal["random_resized", "padded", "none"] = Field(
