@@ -22,13 +22,14 @@ from ray.train import WorkerGroupError
 from ray.train.v2._internal.exceptions import WorkerHealthCheckFailedError
 
 from cvt_model.checkpoint import resolve_checkpoint
-from pipeline.errors import ConfigError, LimitError, OutputError, StorageError, WorkersDiedError
+from pipeline.errors import BusyError, ConfigError, LimitError, OutputError, StorageError, WorkersDiedError
 from pipeline.finetune.fit import Placement, fit, in_words
 from pipeline.finetune.job import check_batch, place_workers
 from pipeline.finetune.network import check_apart, find_start
 from pipeline.finetune.results import write_results
 from pipeline.finetune.sources import Found
 from pipeline.finetune.state import Progress, check_state, read_best, read_state, write_state
+from pipeline.lease import acquire
 from pipeline.stop import Stop
 from pipeline.storage import Storage
 from tests.labelled_images import NETWORK, PREPROCESSING, write_folders
@@ -470,6 +471,43 @@ def test_what_no_new_start_mends_ends_it_at_once_and_in_its_words(undisturbed, m
         fit(undisturbed[0], Placement(2, False, 1, 1), Stop(), lambda values: None)
     others.set()
     assert len(starts) == 1
+
+
+def test_what_a_killed_run_left_is_deleted(images, tmp_path, monkeypatch):
+    output = tmp_path / "out"
+    parts = [output / folder / ".tmp-0123" for folder in ("", "checkpoints", "last", "notes")]
+    for part in parts:
+        part.parent.mkdir(parents=True, exist_ok=True)
+        part.write_bytes(b"half of a")
+    delete_folder = Storage.delete_folder
+
+    def die(output, folder):
+        if folder == "samples":
+            raise KeyboardInterrupt
+        delete_folder(output, folder)
+
+    config = small_config(images, output, train={"epochs": 0.2})
+    monkeypatch.setattr(Storage, "delete_folder", die)
+    with pytest.raises(KeyboardInterrupt):
+        finetune_here(config, monkeypatch)
+    assert [part.exists() for part in parts] == [False, False, False, True], "notes are not ours"
+    assert (output / "samples").exists()
+    monkeypatch.setattr(Storage, "delete_folder", delete_folder)
+    finetune_here(config, monkeypatch)
+    assert not (output / "samples").exists()
+
+
+def test_nobody_else_begins_until_the_results_are_written(images, tmp_path, monkeypatch):
+    config = small_config(images, tmp_path / "out", train={"epochs": 0.2})
+
+    def write_while_another_tries(*args):
+        with pytest.raises(BusyError):
+            acquire(Storage(config.output.uri), "another", 120)
+        return write_results(*args)
+
+    monkeypatch.setattr("pipeline.finetune.results.write_results", write_while_another_tries)
+    assert finetune_here(config, monkeypatch).metrics["steps"] == 2
+    acquire(Storage(config.output.uri), "another", 120).release()
 
 
 def test_float16_needs_a_gpu(images, tmp_path):

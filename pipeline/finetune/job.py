@@ -17,12 +17,14 @@ from cvt_model.choices import Precision, resolve_precision
 from pipeline.errors import ConfigError
 from pipeline.finetune.config import FinetuneConfig
 from pipeline.finetune.metrics import read_metrics
-from pipeline.finetune.network import Start, check_apart, find_start
+from pipeline.finetune.network import LAST, Start, check_apart, find_start
 from pipeline.finetune.sample_set import open_samples
 from pipeline.finetune.samples import FOLDER as SAMPLES
 from pipeline.finetune.sources import Found, LabelledShards, list_sources, prepare, stems_of
+from pipeline.finetune.state import FOLDER as CHECKPOINTS
 from pipeline.finetune.state import check_state
 from pipeline.lease import acquire
+from pipeline.local_cache import PARTIAL
 from pipeline.stop import Stop
 from pipeline.storage import STAGING, Storage, unique_name
 
@@ -70,8 +72,9 @@ def finetune(
     cluster = None
     try:
         lease.keep()
-        output.delete_folder(STAGING)
+        _tidy(output)
         if (finished := read_metrics(output)) is not None and finished["asked"] == asked:
+            output.delete_folder(SAMPLES)  # where a run was killed after its last file
             logger.info("this training is finished; for another one choose another output")
             return Trained(config.output.uri, finished)
         check_state(output, _digest(_recipe(config, start)))
@@ -101,15 +104,25 @@ def finetune(
 
         fit(job, placement, stop, told)
         lease.check()
+        from pipeline.finetune.results import write_results
+
+        metrics = write_results(job, found, asked)
+        output.delete_folder(SAMPLES)
+        return Trained(config.output.uri, metrics)
     finally:
         if cluster:
             cluster.close()
         lease.release()
-    from pipeline.finetune.results import write_results
 
-    metrics = write_results(job, found, asked)
-    output.delete_folder(SAMPLES)
-    return Trained(config.output.uri, metrics)
+
+def _tidy(output: Storage) -> None:
+    """Delete what killed runs left of files that they were writing; the caller holds the lease."""
+    output.delete_folder(STAGING)
+    written = ("", CHECKPOINTS, LAST, SAMPLES)
+    for file in output.find() if output.is_local else ():  # elsewhere a file appears as it is sent
+        folder, _, name = file.path.rpartition("/")
+        if folder in written and name.startswith(PARTIAL):
+            output.delete(file.path)
 
 
 def place_workers(config: FinetuneConfig, cluster: Cluster) -> Placement:
