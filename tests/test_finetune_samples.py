@@ -168,6 +168,24 @@ def test_numbers_are_classes_by_value_or_by_the_names_that_the_file_tells(tmp_pa
     assert found.classes == ["a", "c", "k"]
 
 
+def test_what_the_file_calls_no_label_and_what_lies_in_hidden_folders_has_no_label(tmp_path):
+    table = pq.read_table(write_parquet(tmp_path / "a.parquet", 33))
+    labels = [CLASSES.index(label) for label in table["label"].to_pylist()]
+    labels[-5:] = [-1] * 5
+    features = {"label": {"names": list(CLASSES), "_type": "ClassLabel"}}
+    schema = {"huggingface": json.dumps({"info": {"features": features}})}
+    named = table.set_column(1, "label", pa.array(labels)).replace_schema_metadata(schema)
+    pq.write_table(named, tmp_path / "a.parquet")
+    folder = write_folders(tmp_path / "in", 33)
+    for hidden in (".ipynb_checkpoints", "rows/.ipynb_checkpoints"):
+        (folder / hidden).mkdir()
+        (folder / hidden / "a.png").write_bytes(pictures(1)[0][1])
+    for source, num_rejects in ((tmp_path / "a.parquet", 5), (folder, 2)):
+        found, *_ = prepared(configure(source, tmp_path / f"out{num_rejects}"))
+        assert found.classes == list(CLASSES)
+        assert found.rejects == {"no_label": num_rejects}
+
+
 def test_a_missing_label_column_is_named_with_those_there_are(tmp_path):
     source = write_parquet(tmp_path / "a.parquet", 6)
     config = configure(source, tmp_path / "out", input={"label_column": "species"})

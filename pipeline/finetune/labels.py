@@ -37,13 +37,21 @@ class LabelRule:
     def label_of(self, sample: Mapping[str, Any]) -> str | None:
         """The label of a sample, given as a row of its columns; None where it has none."""
         if self.column is None:
-            folder, slash, _ = str(sample[schema.IMAGE_ID]).partition("/")
-            return folder if slash else None
+            return _folder_of(str(sample[schema.IMAGE_ID]))
         value = sample[self.column.name]
+        if self.names and isinstance(value, int) and value < 0:
+            return None  # -1 is how `datasets` writes that there is no label
         if isinstance(value, int) and not isinstance(value, bool) and 0 <= value < len(self.names):
             return self.names[value]
         text = "" if value is None else str(value).strip()
         return text or None
+
+
+def _folder_of(path: str) -> str | None:
+    """The first folder of an image's path; None below a hidden one, which a program made for itself."""
+    *folders, _ = path.split("/")
+    hidden = any(folder.startswith(".") for folder in folders)
+    return folders[0] if folders and not hidden else None
 
 
 def find_rule(listing: Listing, column: str | None, manifest: Manifest | None, section: str) -> LabelRule:
