@@ -153,6 +153,18 @@ def test_a_shard_that_is_cut_off_is_left_out_by_name(tmp_path):
     assert not list((tmp_path / "out" / "samples").glob("b.tar*"))
 
 
+def test_where_no_shard_can_be_read_their_failures_are_told(tmp_path):
+    good = write_folders(tmp_path / "good", 12)
+    (tmp_path / "bad").mkdir()
+    for name in ("a.tar", "b.tar"):
+        (tmp_path / "bad" / name).write_bytes(b"not an archive" * 100)
+    with pytest.raises(InputError, match=r"to learn from; .* cannot be read: 2 \(a\.tar: .*; b\.tar: "):
+        prepared(configure(tmp_path / "bad", tmp_path / "out"))
+    config = configure(good, tmp_path / "other", validation={"uri": str(tmp_path / "bad")})
+    with pytest.raises(InputError, match=r"to judge by; .* cannot be read: 2 \(a\.tar: "):
+        prepared(config)
+
+
 def test_numbers_are_classes_by_value_or_by_the_names_that_the_file_tells(tmp_path):
     table = pq.read_table(write_parquet(tmp_path / "plain.parquet", 33))
     numbers = pa.array([(0, 2, 10)[CLASSES.index(label)] for label in table["label"].to_pylist()])

@@ -162,12 +162,18 @@ def _sum_up(
             f"{rejects.total():,} of {seen:,} images cannot be used ({'; '.join(examples)}), more than "
             f"limits.max_reject_fraction = {most_rejects} allows"
         )
-    _check(counts)
+    _check(counts, failed)
     return Found(class_order(set(counts["train"])), rejects, failed)
 
 
-def _check(counts: dict[Part, Counter[str]]) -> None:
+def _check(counts: dict[Part, Counter[str]], failed: dict[str, str]) -> None:
     train, validation = counts["train"], counts["validation"]
+    if failed and not (train and validation):
+        told = "; ".join(list(failed.values())[:MOST_NAMED])
+        lack = "judge by" if train else "learn from"
+        raise InputError(
+            f"input: no image is left to {lack}; shards that cannot be read: {len(failed)} ({told})"
+        )
     if not train:
         raise InputError("input: no image has a label; see input.label_column")
     if len(train) < 2:
