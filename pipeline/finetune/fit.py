@@ -33,9 +33,7 @@ from pipeline.stop import Stop
 WORKER_CPUS = 0.2  # as Ray counts them; a worker takes the threads that it is given
 TELL_EVERY_S = 0.5
 _ASK_S = 0.2
-_STOP_S = (
-    7.0  # for workers to end, their state written; after a signal the process has 8 (pipeline/stop.py)
-)
+_STOP_S = 7.0  # for workers to end, their state written; after a signal the process has 8 (stop.py)
 
 logger = logging.getLogger(__name__)
 
