@@ -5,6 +5,7 @@ Enters: what the user named, and rows of embeddings/. Leaves: a label for each r
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import BinaryIO
@@ -73,7 +74,11 @@ def _of_file(file: Storage) -> LabelSource:
 def _by_id(table: pa.Table, uri: str) -> dict[str, str]:
     """The label of each image that has one. Raises InputError where an image has two."""
     ids = _text(table.column(IMAGE_ID), f"{uri}, column {IMAGE_ID}")
-    labels = _text(table.column(LABEL), f"{uri}, column {LABEL}").dictionary_encode()
+    labels = _text(table.column(LABEL), f"{uri}, column {LABEL}")
+    if class_names := _class_names(table.schema):
+        name_of = {str(number): name for number, name in enumerate(class_names)}
+        labels = pa.array(map(name_of.get, labels.to_pylist()), pa.string())  # -1 says that there is none
+    labels = labels.dictionary_encode()
     names = labels.dictionary.to_pylist()  # each a single object, however many images have it
     known: dict[str, str] = {}
     for image_id, number in zip(ids.to_pylist(), labels.indices.to_pylist(), strict=True):
@@ -85,6 +90,16 @@ def _by_id(table: pa.Table, uri: str) -> dict[str, str]:
                 f"--labels: {uri} has two labels of {image_id}, {label} and {names[number]}; leave one"
             )
     return known
+
+
+def _class_names(columns: pa.Schema) -> list[str]:
+    """The names of labels that are class numbers, as Hugging Face's `datasets` writes them into a file."""
+    try:
+        features = json.loads((columns.metadata or {})[b"huggingface"])["info"]["features"]
+        names = [str(name) for name in features[LABEL]["names"]]
+    except (KeyError, TypeError, ValueError):
+        return []
+    return names if pa.types.is_integer(columns.field(LABEL).type) else []
 
 
 def _read(file: Storage) -> pa.Table:

@@ -443,6 +443,19 @@ def test_two_columns_of_labels_are_refused(made, tmp_path):
         judged(made, str(tmp_path / "x.csv"))
 
 
+def test_class_numbers_whose_names_a_file_tells_are_names(made, tmp_path):
+    """Numbers of an order that is not the classifier's, as datasets and our own exports write them."""
+    names = sorted(CLASSES, reverse=True)
+    numbers = [-1 if label is None else names.index(label) for label in made.labels]
+    ids = [f"{'a' if n < 120 else 'b'}#{n % 120}" for n in range(240)]
+    features = {"label": {"names": names, "_type": "ClassLabel"}}
+    told = {"huggingface": json.dumps({"info": {"features": features}})}
+    table = pa.table({"image_id": ids, "label": numbers}).replace_schema_metadata(told)
+    values, by_name = labelled_by(made, tmp_path / "labels.parquet", table), judged(made)
+    for name in ("labelled", "classes", "labels_are_ids_of", "top1", "knn_accuracy"):
+        assert values[name] == by_name[name]
+
+
 @pytest.mark.parametrize(
     ("labels", "classes"),
     [(["2020-05-05", "2021-05-05 10:00:00"], None), ([3, 0], ["0", "3"]), (["2020-05-05", "fox"], None)],
