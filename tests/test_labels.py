@@ -26,7 +26,7 @@ from pipeline.neighbour_quality import TEMPERATURE
 from pipeline.schema import LABELS
 from pipeline.storage import Storage
 from tests.running import cli
-from tests.test_evaluate import CLASSES, Made, make, softmax
+from tests.test_evaluate import CLASSES, Made, make, random_output, softmax
 from tests.vector_output import commit_vectors, empty_output
 
 COARSER = {"ant": "insect", "bee": "insect", "cow": "mammal", "dog": "mammal", "fox": "mammal"}
@@ -255,6 +255,14 @@ def test_neighbours_vote_for_every_image_but_not_for_themselves(made: Made, tmp_
     assert summary["reference_images"] == sum(label is not None for label in known)
     right = [row["label"] == label for row, label in zip(rows, made.labels, strict=True) if label]
     assert np.mean(right) > 0.6
+
+
+def test_images_that_the_index_lacks_are_voted_for_too(tmp_path: Path) -> None:
+    """Where fewer images are labelled than vote, an answer ends in places that are no image."""
+    made = random_output(tmp_path / "out", ["ant"] * 4)
+    commit_vectors(made.output, "b", made.vectors, columns={"kind": [None] * 4})
+    make_labels(made.output, LabelConfig(method="neighbours", labels="kind", k=7))
+    assert table_of(made.output).column("label").to_pylist() == ["ant"] * 8
 
 
 def test_another_output_of_the_model_can_vote(made: Made, tmp_path: Path) -> None:
