@@ -76,7 +76,7 @@ def evaluate(
     label = found.as_classes(classes)
     num_ids = len(fingerprint.model_config["id2label"])
     classifier = ask_classifier(log, label, class_of_id, num_ids) if class_of_id else None
-    own = place.url("").rstrip("/") == output.url("").rstrip("/")
+    own = is_same(place, output)
     there = log if own else CommitLog(place)
     others = found if known is labels else read_labels(there, known)
     voting = list(dict.fromkeys((*classes, *others.names)))  # those that only the reference has vote too
@@ -101,10 +101,20 @@ def evaluate(
         "per_class": _per_class(label[label != NO_CLASS], classifier, neighbours, classes),
         "seconds": round(time.time() - started, 2),
     }
+    return {**values, "report": _write(output, values)}
+
+
+def _write(output: Storage, values: dict[str, Any]) -> str:
+    """Put the values and their page into the output; returns the page's URL."""
     path = f"{FOLDER}/{unique_name()}"
     output.write_bytes(f"{path}.html", evaluation_page(values).encode())
     output.write_bytes(f"{path}.json", (json.dumps(values, indent=1) + "\n").encode())
-    return {**values, "report": output.url(f"{path}.html")}
+    return output.url(f"{path}.html")
+
+
+def is_same(one: Storage, other: Storage) -> bool:
+    """Whether two outputs are one, however each is written."""
+    return one.url("").rstrip("/") == other.url("").rstrip("/")
 
 
 def check_alike(output: Storage, fingerprint: Fingerprint, place: Storage, named: str) -> None:

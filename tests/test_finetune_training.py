@@ -348,6 +348,7 @@ def test_a_checkpoint_s_head_goes_where_the_classes_differ_and_stays_where_they_
     undisturbed, images, tmp_path
 ):
     job, _ = undisturbed
+    write_results(job, Found(list(job.classes)), "asked")
     model = {"checkpoint": job.output.uri}
     start = find_start(small_config(images, tmp_path / "out", model=model).model)
     weights = resolve_checkpoint(job.output.uri).load().state_dict()

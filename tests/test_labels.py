@@ -265,6 +265,13 @@ def test_images_that_the_index_lacks_are_voted_for_too(tmp_path: Path) -> None:
     assert table_of(made.output).column("label").to_pylist() == ["ant"] * 8
 
 
+def test_an_output_that_is_its_own_reference_votes_as_without_one(made: Made, tmp_path: Path) -> None:
+    path, _ = few(made, tmp_path)
+    config = {"method": "neighbours", "labels": str(path), "k": 10}
+    alone, _ = labelled(made, **config)
+    assert labelled(made, **config, reference=f"{made.output.uri}/")[0] == alone
+
+
 def test_another_output_of_the_model_can_vote(made: Made, tmp_path: Path) -> None:
     other = empty_output(tmp_path / "other", CLASSES)
     commit_vectors(other, "new", made.vectors[:50] + 0.01)

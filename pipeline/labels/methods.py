@@ -19,7 +19,7 @@ from pipeline import schema
 from pipeline.commits import CommitLog
 from pipeline.config import LabelConfig
 from pipeline.errors import ConfigError, InputError
-from pipeline.evaluate import check_alike
+from pipeline.evaluate import check_alike, is_same
 from pipeline.fingerprint import Fingerprint, require_fingerprint
 from pipeline.label_source import LabelSource, open_labels
 from pipeline.labelled_rows import NO_CLASS, VECTOR_ROWS, Labels, matrix, read_labels, tables
@@ -94,6 +94,8 @@ def _labelled(log: CommitLog, fingerprint: Fingerprint, config: LabelConfig) -> 
     if config.reference is None:
         return log
     place = _reference(log.output, config)
+    if is_same(place, log.output):
+        return log
     check_alike(log.output, fingerprint, place, "label.reference")
     return CommitLog(place)
 
@@ -147,7 +149,7 @@ def _neighbours(
     num_labelled = int((by_faiss_id != NO_CLASS).sum())
     if not num_labelled:
         raise InputError(f"label.labels: no indexed image of {place.uri} has a label")
-    own = config.reference is None
+    own = there is log
     facts = {"reference": place.uri, "reference_images": num_labelled}
     return Ready(Neighbours(searcher, by_faiss_id, classes, config.k, own=own), facts)
 
