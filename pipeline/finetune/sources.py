@@ -163,7 +163,12 @@ def _sum_up(
             f"limits.max_reject_fraction = {most_rejects} allows"
         )
     _check(counts, failed)
-    return Found(class_order(set(counts["train"])), rejects, failed)
+    return Found(_ordered(set(counts["train"]), sources[0].preparation.rule.names), rejects, failed)
+
+
+def _ordered(labels: set[str], names: tuple[str, ...]) -> list[str]:
+    """Classes as the input numbers them, where it does, so that its numbers are the classifier's ids."""
+    return [name for name in names if name in labels] if labels <= set(names) else class_order(labels)
 
 
 def _check(counts: dict[Part, Counter[str]], failed: dict[str, str]) -> None:
