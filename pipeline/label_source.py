@@ -75,8 +75,9 @@ def _by_id(table: pa.Table, uri: str) -> dict[str, str]:
     """The label of each image that has one. Raises InputError where an image has two."""
     ids = _text(table.column(IMAGE_ID), f"{uri}, column {IMAGE_ID}")
     labels = _text(table.column(LABEL), f"{uri}, column {LABEL}")
-    if class_names := _class_names(table.schema):
-        name_of = {str(number): name for number, name in enumerate(class_names)}
+    are_numbers = pa.types.is_integer(table.schema.field(LABEL).type)
+    if are_numbers and (named := class_names(table.schema, LABEL)):
+        name_of = {str(number): name for number, name in enumerate(named)}
         labels = pa.array(map(name_of.get, labels.to_pylist()), pa.string())  # -1 says that there is none
     labels = labels.dictionary_encode()
     names = labels.dictionary.to_pylist()  # each a single object, however many images have it
@@ -92,14 +93,13 @@ def _by_id(table: pa.Table, uri: str) -> dict[str, str]:
     return known
 
 
-def _class_names(columns: pa.Schema) -> list[str]:
-    """The names of labels that are class numbers, as Hugging Face's `datasets` writes them into a file."""
+def class_names(columns: pa.Schema, column: str) -> tuple[str, ...]:
+    """The names of a column's class numbers, as Hugging Face's `datasets` writes them into a schema."""
     try:
         features = json.loads((columns.metadata or {})[b"huggingface"])["info"]["features"]
-        names = [str(name) for name in features[LABEL]["names"]]
+        return tuple(str(name) for name in features[column]["names"])
     except (KeyError, TypeError, ValueError):
-        return []
-    return names if pa.types.is_integer(columns.field(LABEL).type) else []
+        return ()
 
 
 def _read(file: Storage) -> pa.Table:

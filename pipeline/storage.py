@@ -30,6 +30,7 @@ from pipeline.retry import check_reachable
 from pipeline.retry import storage_errors as storage_errors
 
 STAGING = "_staging"
+NAME_TIME = "%Y%m%dT%H%M%S.%fZ"  # how the names of runs and versions begin
 _MAGIC = "*?["
 
 
@@ -237,9 +238,9 @@ def split_glob(uri: str) -> tuple[str, str]:
     return head + separator + folder, "/".join(parts[first:])
 
 
-def unique_name() -> str:
-    """A name for a run or a version: unique, and sorting by UTC time."""
-    return f"{datetime.now(UTC):%Y%m%dT%H%M%S.%fZ}-{uuid.uuid4().hex[:6]}"
+def unique_name(at: datetime | None = None) -> str:
+    """A name for a run or a version: unique, and sorting by UTC time, that of now if no other is given."""
+    return f"{at or datetime.now(UTC):{NAME_TIME}}-{uuid.uuid4().hex[:6]}"
 
 
 def sha256_of(path: Path) -> str:

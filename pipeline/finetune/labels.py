@@ -5,7 +5,6 @@ Enters: the listing of a labelled source. Leaves: a rule that the readers carry 
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -14,6 +13,7 @@ import pyarrow as pa
 
 from pipeline import schema
 from pipeline.errors import ConfigError, InputError
+from pipeline.label_source import class_names
 from pipeline.manifest import Manifest
 from pipeline.read_parquet import first_schema
 from pipeline.shards import Listing
@@ -90,14 +90,5 @@ def find_rule(listing: Listing, column: str | None, manifest: Manifest | None, s
         raise ConfigError(
             f"{section}.label_column: {name} holds {kind}; a label is a whole number or a text"
         )
-    names = _class_names(columns, name) if pa.types.is_integer(kind) else ()
+    names = class_names(columns, name) if pa.types.is_integer(kind) else ()
     return LabelRule(pa.field(name, kind), names)
-
-
-def _class_names(columns: pa.Schema, name: str) -> tuple[str, ...]:
-    """The names of class numbers, as Hugging Face's `datasets` writes them into a file's schema."""
-    try:
-        features = json.loads((columns.metadata or {})[b"huggingface"])["info"]["features"]
-        return tuple(str(it) for it in features[name]["names"])
-    except (KeyError, TypeError, ValueError):
-        return ()

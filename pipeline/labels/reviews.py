@@ -18,11 +18,10 @@ from itertools import chain
 from typing import Any, Literal, get_args
 
 from pipeline.errors import OutputError
-from pipeline.storage import Storage, unique_name
+from pipeline.storage import NAME_TIME, Storage, unique_name
 
 FOLDER = "labels/reviews"
 _READ_THREADS = 16
-_TIME = "%Y%m%dT%H%M%S.%fZ"  # as unique_name writes it
 _NEWER = ("id", "undoes")  # records of earlier versions lack them
 
 Action = Literal["accept", "reject", "relabel", "undo"]
@@ -70,10 +69,10 @@ def _next_to(path: str) -> str | None:
     """A path of the next microsecond; None of one that is not named by a time."""
     stamp = path.removeprefix(f"{FOLDER}/").partition("-")[0]
     try:
-        later = datetime.strptime(stamp, _TIME) + timedelta(microseconds=1)
+        later = datetime.strptime(stamp, NAME_TIME) + timedelta(microseconds=1)
     except ValueError:
         return None
-    return f"{FOLDER}/{later:{_TIME}}-{uuid.uuid4().hex[:6]}.json"
+    return f"{FOLDER}/{unique_name(later)}.json"
 
 
 def read_decisions(output: Storage) -> Iterator[Decision]:
