@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import shutil
 import time
@@ -241,13 +242,19 @@ def test_the_keyboard_alone_is_enough(browser: Browser, server: Server) -> None:
     assert browser.one("#where").get_attribute("value") == "x"
 
 
+@contextlib.contextmanager
+def serving_a_copy(output: Path, folder: Path) -> Iterator[tuple[Server, Storage]]:
+    """A server of an output that may be changed, `folder`/out, and that output."""
+    shutil.copytree(output, folder / "out")
+    with serving(folder / "out", cache=folder / "cache") as server:
+        yield server, Storage(str(folder / "out"))
+
+
 def test_reviews_by_keyboard_are_kept_undone_and_survive_a_killed_server(
     only_browser: Browser, output: Path, tmp_path: Path
 ) -> None:
     browser = only_browser
-    shutil.copytree(output, tmp_path / "out")
-    kept = Storage(str(tmp_path / "out"))
-    with serving(tmp_path / "out", cache=tmp_path / "cache") as server:
+    with serving_a_copy(output, tmp_path) as (server, kept):
         label = server.get("/api/labels")["labels"][0]["label"]
         browser.open(f"{server.address}/?view=review&label={label}")
         browser.complaints()
@@ -309,9 +316,7 @@ def test_a_key_means_what_was_seen_when_it_was_pressed(
     only_browser: Browser, output: Path, tmp_path: Path
 ) -> None:
     browser = only_browser
-    shutil.copytree(output, tmp_path / "out")
-    kept = Storage(str(tmp_path / "out"))
-    with serving(tmp_path / "out", cache=tmp_path / "cache") as server:
+    with serving_a_copy(output, tmp_path) as (server, kept):
         one, other = (it["label"] for it in server.get("/api/labels")["labels"][:2])
 
         browser.open(f"{server.address}/?view=review&label={one}")
